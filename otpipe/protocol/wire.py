@@ -1,0 +1,246 @@
+"""Frames on the client's connection: the one place where client bytes are parsed.
+
+A frame is a fixed prefix, a msgpack header and raw little-endian tensor bytes::
+
+    offset  size  field
+    0       4     magic  b"OTPW"
+    4       2     wire version, little endian
+    6       2     message type, little endian
+    8       4     header length in bytes, little endian
+    12      4     payload length in bytes, little endian
+    16      ..    header (msgpack map), then payload
+
+Nothing is ever unpickled. The receiver learns type and lengths from the prefix, parses the small
+header, lets the state of the conversation say which payload length it expects, and only then takes
+memory for the payload.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgpack
+import numpy as np
+
+from otpipe.errors import ConnectionLost, ProtocolError, VersionMismatch
+
+MAGIC = b"OTPW"
+WIRE_VERSION = 1
+PREFIX = struct.Struct("<4sHHII")
+MAX_HEADER_BYTES = 4096
+MAX_PAYLOAD_BYTES = 256 << 20
+"""Hard limit of any payload. The state of a conversation normally allows far less."""
+
+READ_BUFFER_BYTES = 1 << 16
+MIN_BYTES_PER_S = 100_000
+"""A peer that sends the rest of a begun frame more slowly than this is treated as stalled."""
+
+Header = dict[str, object]
+Buffer = bytes | bytearray | memoryview | np.ndarray
+
+
+class StalledPeer(ConnectionLost):
+    """The peer began a frame and did not finish it in time."""
+
+
+class IdlePeer(ConnectionLost):
+    """The peer sent no frame within the time the caller was ready to wait."""
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Bytes and frames that crossed one connection, counted where they cross it."""
+
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    frames_sent: int = 0
+    frames_received: int = 0
+
+
+class FrameConnection:
+    """Blocking frames over one TCP or TLS socket.
+
+    One thread may send while another receives; neither direction may be shared by two threads.
+    Any error leaves the connection unusable: close it.
+    """
+
+    def __init__(self, sock: socket.socket, *, stall_timeout_s: float = 10.0) -> None:
+        with contextlib.suppress(OSError):  # not a TCP socket (a socketpair in a test)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._sock = sock
+        self._stall_timeout_s = stall_timeout_s
+        self._buffer = bytearray(READ_BUFFER_BYTES)
+        self._view = memoryview(self._buffer)
+        self._begin = 0
+        self._end = 0
+        self.traffic = Traffic()
+        sock.settimeout(stall_timeout_s)
+
+    # -- sending ---------------------------------------------------------------------------------
+
+    def send(self, message_type: int, header: Header, payload: Buffer = b"") -> None:
+        """Send one frame with one system call where the kernel takes it whole.
+
+        Raises:
+            ConnectionLost: the peer is gone, or takes no bytes for ``stall_timeout_s``.
+        """
+        head = msgpack.packb(header)
+        body = memoryview(payload).cast("B") if not isinstance(payload, bytes) else payload
+        prefix = PREFIX.pack(MAGIC, WIRE_VERSION, message_type, len(head), len(body))
+        try:
+            self._send_all(prefix + head, body)
+        except TimeoutError as error:
+            raise StalledPeer(
+                f"the peer took no bytes for {self._stall_timeout_s:.0f} s; connection given up"
+            ) from error
+        except OSError as error:
+            raise ConnectionLost(f"the connection broke while sending: {error}") from error
+        self.traffic.bytes_sent += len(prefix) + len(head) + len(body)
+        self.traffic.frames_sent += 1
+
+    def _send_all(self, head: bytes, body: bytes | memoryview) -> None:
+        if len(body) == 0:
+            self._sock.sendall(head)
+            return
+        if len(body) <= READ_BUFFER_BYTES or not hasattr(self._sock, "sendmsg"):
+            self._sock.sendall(b"".join((head, body)))  # a short copy is cheaper than two segments
+            return
+        try:
+            sent = self._sock.sendmsg((head, body))
+        except NotImplementedError:  # TLS sockets have no scatter-gather
+            self._sock.sendall(head)
+            self._sock.sendall(body)
+            return
+        if sent < len(head):
+            self._sock.sendall(head[sent:])
+            sent = len(head)
+        remaining = memoryview(body)[sent - len(head) :]
+        if len(remaining):
+            # sendall's timeout covers the whole call, so give it a bounded piece at a time.
+            for start in range(0, len(remaining), 1 << 20):
+                self._sock.sendall(remaining[start : start + (1 << 20)])
+
+    # -- receiving -------------------------------------------------------------------------------
+
+    def receive_head(self, idle_timeout_s: float | None = None) -> tuple[int, Header, int]:
+        """Wait for a frame and return ``(message_type, header, payload_bytes)``.
+
+        The payload has not been read yet: call :meth:`receive_payload` with the length that the
+        conversation allows.
+
+        Raises:
+            IdlePeer: no frame began within ``idle_timeout_s`` (None: the stall timeout).
+            StalledPeer: a frame began and did not continue.
+            ConnectionLost: the peer closed or reset the connection.
+            VersionMismatch, ProtocolError: the bytes are no frame of this version.
+        """
+        if self._begin == self._end:
+            self._fill(idle_timeout_s if idle_timeout_s is not None else self._stall_timeout_s)
+        deadline = time.monotonic() + self._stall_timeout_s
+        prefix = self._take(PREFIX.size, deadline)
+        magic, version, message_type, header_bytes, payload_bytes = PREFIX.unpack(prefix)
+        if magic != MAGIC:
+            raise ProtocolError(
+                f"the first bytes are {bytes(prefix[:4])!r}, not {MAGIC!r}: the peer does not "
+                "speak the otpipe protocol; check host and port, and that both or neither use TLS"
+            )
+        if version != WIRE_VERSION:
+            raise VersionMismatch(
+                f"the peer speaks wire version {version}, this side version {WIRE_VERSION}; "
+                "install the same otpipe release on both sides"
+            )
+        if header_bytes > MAX_HEADER_BYTES:
+            raise ProtocolError(
+                f"a header of {header_bytes} bytes was announced; the limit is {MAX_HEADER_BYTES}"
+            )
+        if payload_bytes > MAX_PAYLOAD_BYTES:
+            raise ProtocolError(
+                f"a payload of {payload_bytes} bytes was announced; the limit is "
+                f"{MAX_PAYLOAD_BYTES}"
+            )
+        raw = bytes(self._take(header_bytes, deadline))
+        try:
+            header = msgpack.unpackb(raw, strict_map_key=True)
+        except Exception as error:  # msgpack raises many unrelated types on bad input
+            raise ProtocolError(f"a frame header is not valid msgpack: {error}") from error
+        if not isinstance(header, dict) or not all(isinstance(key, str) for key in header):
+            raise ProtocolError("a frame header is not a map with string keys")
+        self.traffic.bytes_received += PREFIX.size + header_bytes
+        self.traffic.frames_received += 1
+        return message_type, header, payload_bytes
+
+    def receive_payload(
+        self, announced: int, expected: int, new_buffer: Callable[[int], np.ndarray] | None = None
+    ) -> np.ndarray:
+        """Read the payload of the current frame into a fresh uint8 array.
+
+        Args:
+            announced: length from the frame's prefix.
+            expected: the only length that the conversation allows now.
+            new_buffer: returns the uint8 array to fill, given its length in bytes.
+
+        Raises:
+            ProtocolError: the lengths differ; no memory has been taken.
+        """
+        if announced != expected:
+            raise ProtocolError(
+                f"a payload of {announced} bytes was announced where {expected} bytes are due"
+            )
+        out = np.empty(expected, dtype=np.uint8) if new_buffer is None else new_buffer(expected)
+        view = memoryview(out).cast("B")
+        filled = min(self._end - self._begin, expected)
+        view[:filled] = self._view[self._begin : self._begin + filled]
+        self._begin += filled
+        deadline = time.monotonic() + self._stall_timeout_s + expected / MIN_BYTES_PER_S
+        while filled < expected:
+            filled += self._recv_into(view[filled:], deadline)
+        self.traffic.bytes_received += expected
+        return out
+
+    def _take(self, count: int, deadline: float) -> memoryview:
+        """Return the next ``count`` buffered bytes; valid until the next receive call."""
+        if self._begin + count > READ_BUFFER_BYTES:
+            kept = self._end - self._begin
+            self._buffer[:kept] = self._buffer[self._begin : self._end]
+            self._begin, self._end = 0, kept
+        while self._end - self._begin < count:
+            self._end += self._recv_into(self._view[self._end :], deadline)
+        taken = self._view[self._begin : self._begin + count]
+        self._begin += count
+        return taken
+
+    def _fill(self, idle_timeout_s: float) -> None:
+        self._begin = self._end = 0
+        self._sock.settimeout(idle_timeout_s)
+        try:
+            self._end = self._recv_into(self._view, None)
+        except StalledPeer as error:
+            raise IdlePeer(f"the peer sent nothing for {idle_timeout_s:.0f} s") from error
+        finally:
+            with contextlib.suppress(OSError):
+                self._sock.settimeout(self._stall_timeout_s)
+
+    def _recv_into(self, view: memoryview, deadline: float | None) -> int:
+        if deadline is not None and time.monotonic() > deadline:
+            raise StalledPeer("the peer began a frame and did not finish it in time")
+        try:
+            count = self._sock.recv_into(view)
+        except TimeoutError as error:
+            raise StalledPeer("the peer began a frame and did not finish it in time") from error
+        except OSError as error:
+            raise ConnectionLost(f"the connection broke while receiving: {error}") from error
+        if count == 0:
+            raise ConnectionLost("the peer closed the connection")
+        return count
+
+    def close(self) -> None:
+        """Close the socket; wakes a thread that is blocked in it. Safe to call twice."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):
+            self._sock.close()
