@@ -17,6 +17,14 @@ MAX_LINEAR_BYTES = 64 << 20
 """Largest payload of one masked linear request or result; clients split rows to stay below it."""
 
 MAX_LINEAR_ROWS = 512
+
+
+def max_linear_rows(in_features: int, out_features: int, ring_bytes: int) -> int:
+    """Most rows of one LINEAR request through a map of this shape; both sides use this."""
+    widest = max(in_features, out_features) * ring_bytes
+    return min(MAX_LINEAR_ROWS, max(1, MAX_LINEAR_BYTES // widest))
+
+
 MAX_OLE_BLOCK_BYTES = 16 << 20
 """Largest uplink block or downlink answer piece of the preprocessing."""
 
@@ -72,7 +80,7 @@ class Message:
                 raise ProtocolError(f"{cls.TYPE.name}.{name} is {value}; it may not be negative")
             if isinstance(value, str | bytes) and len(value) > 1024:
                 raise ProtocolError(f"{cls.TYPE.name}.{name} is longer than 1024")
-        return cls(**header)  # type: ignore[arg-type]
+        return cls(**header)
 
 
 @dataclass(frozen=True, slots=True)

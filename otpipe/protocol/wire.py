@@ -90,7 +90,7 @@ class FrameConnection:
             ConnectionLost: the peer is gone, or takes no bytes for ``stall_timeout_s``.
         """
         head = msgpack.packb(header)
-        body = memoryview(payload).cast("B") if not isinstance(payload, bytes) else payload
+        body = payload if isinstance(payload, bytes) else memoryview(payload).cast("B")  # type: ignore[arg-type]
         prefix = PREFIX.pack(MAGIC, WIRE_VERSION, message_type, len(head), len(body))
         try:
             self._send_all(prefix + head, body)
@@ -192,7 +192,7 @@ class FrameConnection:
                 f"a payload of {announced} bytes was announced where {expected} bytes are due"
             )
         out = np.empty(expected, dtype=np.uint8) if new_buffer is None else new_buffer(expected)
-        view = memoryview(out).cast("B")
+        view = memoryview(out).cast("B")  # type: ignore[arg-type]
         filled = min(self._end - self._begin, expected)
         view[:filled] = self._view[self._begin : self._begin + filled]
         self._begin += filled

@@ -1,0 +1,294 @@
+"""The client's line to a server: requests that survive a lost connection.
+
+Sending the very same bytes again is safe (they are already known to whoever listened), so a request
+whose connection breaks is repeated, byte for byte, on a new one: to the same server or to another
+replica that holds the same weights. Nothing else is ever sent under a pad that has been used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import ssl
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from otpipe.errors import (
+    ConnectionLost,
+    FingerprintMismatch,
+    OtpipeError,
+    ProtocolError,
+    ServerRefused,
+    UsageError,
+)
+from otpipe.protocol.messages import Error, Hello, Message, MessageType, Welcome, send_message
+from otpipe.protocol.sockets import tune_socket
+from otpipe.protocol.wire import Buffer, FrameConnection, Header, StalledPeer, Traffic
+
+log = logging.getLogger("otpipe.client")
+
+CONNECT_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 120.0
+"""How long the server may compute on one request. A dead server shows within seconds all the same:
+its sockets close, or keep-alive probes fail."""
+
+FIRST_RETRY_S = 0.1
+LAST_RETRY_S = 2.0
+
+
+@dataclass(frozen=True)
+class ServerAddress:
+    """Host and port of one replica."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse_list(cls, text: str) -> tuple[ServerAddress, ...]:
+        """Parse ``HOST:PORT[,HOST:PORT...]``.
+
+        Raises:
+            UsageError: a part is not HOST:PORT.
+        """
+        return tuple(cls._parse(part.strip()) for part in text.split(","))
+
+    @classmethod
+    def _parse(cls, text: str) -> ServerAddress:
+        host, _, port = text.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise UsageError(f"the server address {text!r} is not HOST:PORT, as 127.0.0.1:7431")
+        return cls(host.strip("[]"), int(port))
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True)
+class LinkOptions:
+    """How to reach the server.
+
+    Attributes:
+        servers: replicas, tried in order.
+        ca: PEM file of the authority that signed the server's certificate; turns TLS on. "system"
+            trusts the system's authorities.
+        retry_for_s: how long a lost server is sought before the client gives up.
+        connect: opens a socket; tests put faults here.
+    """
+
+    servers: tuple[ServerAddress, ...]
+    ca: str | None = None
+    retry_for_s: float = 30.0
+    connect: Callable[[tuple[str, int], float], socket.socket] = socket.create_connection
+
+
+def _tls_context(ca: str | None) -> ssl.SSLContext | None:
+    if ca is None:
+        return None
+    try:
+        context = ssl.create_default_context(cafile=None if ca == "system" else ca)
+    except (OSError, ssl.SSLError) as error:
+        raise UsageError(f"--ca {ca} cannot be used: {error}; give a PEM file") from error
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    return context
+
+
+class ServerLink:
+    """One connection, restored when it breaks. For one thread.
+
+    Attributes:
+        traffic: bytes and frames over all connections so far.
+        round_trips: requests answered.
+        welcome: the server's first frame.
+    """
+
+    def __init__(self, options: LinkOptions, fingerprint: str | None = None) -> None:
+        """Connect.
+
+        Args:
+            fingerprint: the weights the caller has pads for; None accepts any and keeps to it.
+
+        Raises:
+            ConnectionLost: no server answered within ``retry_for_s``.
+            FingerprintMismatch: a server answered that holds other weights.
+        """
+        self._options = options
+        self._tls = _tls_context(options.ca)
+        self._fingerprint = fingerprint
+        self._connection: FrameConnection | None = None
+        self._closed = False
+        self.traffic = Traffic()
+        self.round_trips = 0
+        self.welcome: Welcome
+        self._restore(None)
+
+    def request(
+        self,
+        message: Message,
+        payload: Buffer,
+        answer_type: MessageType,
+        answer_bytes: Callable[[Header], int],
+    ) -> np.ndarray:
+        """Send one request and wait for its answer, over as many connections as it takes.
+
+        Args:
+            answer_bytes: checks the answer's header and returns the payload length due.
+
+        Returns:
+            uint8 (bytes,) payload of the answer.
+
+        Raises:
+            ServerRefused: the server answered with an error.
+            ProtocolError: the server's answer is not what was asked for.
+            ConnectionLost: no server with these weights came back within ``retry_for_s``.
+        """
+        while True:
+            connection = self._live()
+            try:
+                send_message(connection, message, payload)
+                answer = self.receive(answer_type, answer_bytes)
+            except ConnectionLost as error:
+                self._restore(error)
+                continue
+            self.round_trips += 1
+            return answer
+
+    def send(self, message: Message, payload: Buffer = b"") -> None:
+        """Send without waiting, and without a second try."""
+        send_message(self._live(), message, payload)
+
+    def receive(
+        self, answer_type: MessageType, answer_bytes: Callable[[Header], int]
+    ) -> np.ndarray:
+        """Receive one answer of the given type; no second try."""
+        connection = self._live()
+        message_type, header, announced = connection.receive_head(ANSWER_TIMEOUT_S)
+        if message_type == MessageType.ERROR:
+            connection.receive_payload(announced, 0)
+            raise ServerRefused(f"the server refused: {Error.parse(header).text}")
+        if message_type != answer_type:
+            raise ProtocolError(
+                f"the server sent message type {message_type} where {answer_type.name} was due"
+            )
+        return connection.receive_payload(announced, answer_bytes(header))
+
+    def restore(self, cause: ConnectionLost) -> None:
+        """Reconnect after a failed :meth:`send` or :meth:`receive`."""
+        self._restore(cause)
+
+    def close(self) -> None:
+        """Leave. Safe to call twice, and from another thread to wake a blocked request."""
+        self._closed = True
+        self._drop()
+
+    # -- connecting ------------------------------------------------------------------------------
+
+    def _live(self) -> FrameConnection:
+        if self._connection is None:
+            raise ConnectionLost("this client is closed; open a new one")
+        return self._connection
+
+    def _drop(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            for name in ("bytes_sent", "bytes_received", "frames_sent", "frames_received"):
+                total = getattr(self.traffic, name) + getattr(connection.traffic, name)
+                setattr(self.traffic, name, total)
+            connection.close()
+
+    def current_traffic(self) -> Traffic:
+        """Totals including the connection now open."""
+        live = self._connection.traffic if self._connection is not None else Traffic()
+        return Traffic(
+            self.traffic.bytes_sent + live.bytes_sent,
+            self.traffic.bytes_received + live.bytes_received,
+            self.traffic.frames_sent + live.frames_sent,
+            self.traffic.frames_received + live.frames_received,
+        )
+
+    def _restore(self, cause: ConnectionLost | None) -> None:
+        """Connect to the first server that answers, until ``retry_for_s`` is over."""
+        self._drop()
+        deadline = time.monotonic() + self._options.retry_for_s
+        pause_s = FIRST_RETRY_S
+        last: Exception | None = cause
+        if cause is not None:
+            log.warning("%s; reconnecting", cause)
+        while not self._closed:
+            foreign: FingerprintMismatch | None = None
+            for address in self._options.servers:
+                try:
+                    self._connect(address)
+                    return
+                except FingerprintMismatch as error:
+                    foreign = error
+                except (ConnectionLost, ServerRefused, OSError) as error:
+                    if isinstance(error, ssl.SSLCertVerificationError):
+                        raise OtpipeError(
+                            f"the certificate of {address} is not trusted: {error.verify_message}; "
+                            "give the authority that signed it with --ca"
+                        ) from error
+                    last = error
+            if foreign is not None:
+                raise foreign
+            if time.monotonic() + pause_s > deadline:
+                names = ", ".join(map(str, self._options.servers))
+                raise ConnectionLost(
+                    f"no server at {names} answered within {self._options.retry_for_s:.0f} s "
+                    f"(last: {last}); start it, or check address and TLS options"
+                ) from last
+            time.sleep(pause_s)
+            pause_s = min(pause_s * 2, LAST_RETRY_S)
+        raise ConnectionLost("this client was closed")
+
+    def _connect(self, address: ServerAddress) -> None:
+        sock = self._options.connect((address.host, address.port), CONNECT_TIMEOUT_S)
+        try:
+            sock.settimeout(CONNECT_TIMEOUT_S)
+            if sock.family in (socket.AF_INET, socket.AF_INET6):
+                tune_socket(sock)
+            if self._tls is not None:
+                sock = self._tls.wrap_socket(sock, server_hostname=address.host)
+            connection = FrameConnection(sock)
+            send_message(connection, Hello(client="otpipe"))
+            message_type, header, announced = connection.receive_head(CONNECT_TIMEOUT_S)
+            connection.receive_payload(announced, 0)
+            if message_type == MessageType.ERROR:
+                raise ServerRefused(f"{address} refused: {Error.parse(header).text}")
+            if message_type != MessageType.WELCOME:
+                raise ProtocolError(f"{address} greeted with message type {message_type}")
+            welcome = Welcome.parse(header)
+            if self._fingerprint is not None and welcome.fingerprint != self._fingerprint:
+                raise FingerprintMismatch(
+                    f"the server at {address} holds weights {welcome.fingerprint[:16]}, but "
+                    f"{self._fingerprint[:16]} are in use here; name a replica of those, or start "
+                    "anew to work with the others"
+                )
+        except BaseException:
+            with contextlib.suppress(OSError):
+                sock.close()
+            raise
+        self.welcome = welcome
+        self._fingerprint = welcome.fingerprint
+        self._connection = connection
+
+
+def default_store_root() -> Path:
+    """Where pads and bundles live unless the user names a directory."""
+    from platformdirs import user_data_path
+
+    return user_data_path("otpipe")
+
+
+__all__ = [
+    "ConnectionLost",
+    "LinkOptions",
+    "ServerAddress",
+    "ServerLink",
+    "StalledPeer",
+    "default_store_root",
+]

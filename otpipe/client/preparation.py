@@ -1,0 +1,307 @@
+"""Preprocessing, client side: fill the pad store with (r, W·r) before any prompt exists.
+
+Oblivious linear evaluation with additively homomorphic RLWE encryption and plaintext int8 weights
+(docs/protocol.md, "Preprocessing"). Each map is one exchange: the client uploads encryptions of its
+pads block by block and receives packed encryptions of W·r. Nothing here depends on a prompt.
+
+A few maps are exchanged at once, each over a connection of its own, so that encryption, network,
+GEMM and decryption overlap. Memory: per exchange one upload block (at most 16 MiB) with its
+polynomials, one answer piece (at most 16 MiB) with its polynomials, and the pads of one map as the
+store bounds them; never a whole map's ciphertexts.
+
+Shapes: T slots, J coordinates of a block, N ring degree.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from otpipe.client.link import LinkOptions, ServerLink
+from otpipe.client.store import PadStore
+from otpipe.client.store_writer import BatchWriter
+from otpipe.crypto.noise import choose_upload_bytes
+from otpipe.crypto.params import RlweParams, params_for_ring
+from otpipe.crypto.rlwe import BatchSecret, decrypt_block, encrypt_block
+from otpipe.errors import ConnectionLost, OtpipeError, ProtocolError
+from otpipe.model.bundle import ModelBundle
+from otpipe.model.spec import LinearMap
+from otpipe.protocol.messages import (
+    A_KEY_BYTES,
+    MAX_OLE_BLOCK_BYTES,
+    MessageType,
+    OleAnswer,
+    OleBegin,
+    OleBlock,
+)
+from otpipe.protocol.wire import Header
+
+MAX_BATCH_SLOTS = 2048
+MIN_BATCH_SLOTS = 64
+"""Smallest batch worth its upload, which does not shrink with the number of slots."""
+
+BLOCK_COORDINATES = 128
+EXCHANGES_AT_ONCE = 2
+MAX_TRIES_A_MAP = 5
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total) in units of bytes on the wire."""
+
+
+@dataclass(frozen=True)
+class PreparationReport:
+    """What one preparation cost.
+
+    Attributes:
+        slots: slots that are now usable.
+        seconds: wall time.
+        bytes_sent, bytes_received: on the wire, all connections.
+    """
+
+    slots: int
+    seconds: float
+    bytes_sent: int
+    bytes_received: int
+
+
+def batch_sizes(num_slots: int) -> list[int]:
+    """Split a wish for slots into batches: powers of two from 64 to 2048, at least as many."""
+    full, rest = divmod(num_slots, MAX_BATCH_SLOTS)
+    sizes = [MAX_BATCH_SLOTS] * full
+    if rest:
+        sizes.append(max(MIN_BATCH_SLOTS, 1 << (rest - 1).bit_length()))
+    return sizes
+
+
+def prepare_slots(
+    store: PadStore,
+    bundle: ModelBundle,
+    options: LinkOptions,
+    num_slots: int,
+    progress: Progress | None = None,
+) -> PreparationReport:
+    """Prepare at least ``num_slots`` slots, batch by batch; finished batches stay on any error.
+
+    Raises:
+        StoreError: the disk is full or the store broke; finished batches are intact.
+        ConnectionLost, ServerRefused, ProtocolError: the server's part failed.
+    """
+    started_s = time.monotonic()
+    sizes = batch_sizes(num_slots)
+    plans = [_plan(bundle, size) for size in sizes]
+    total = sum(plan.wire_bytes for plan in plans)
+    done = 0
+    sent = received = 0
+    lock = threading.Lock()
+
+    def advance(num_bytes: int) -> None:
+        nonlocal done
+        with lock:
+            done += num_bytes
+            if progress is not None:
+                progress(min(done, total), total)
+
+    for plan in plans:
+        writer = store.begin_batch(plan.num_slots)
+        try:
+            batch = _Batch(plan, bundle, options, writer, advance)
+            batch.run()
+            writer.commit()
+        except BaseException:
+            writer.abort()
+            raise
+        sent += batch.bytes_sent
+        received += batch.bytes_received
+    return PreparationReport(sum(sizes), time.monotonic() - started_s, sent, received)
+
+
+@dataclass(frozen=True)
+class _MapPlan:
+    linear_map: LinearMap
+    params: RlweParams
+    upload_bytes: int
+    num_groups: int
+
+    @property
+    def wire_bytes(self) -> int:
+        degree = self.params.ring_degree
+        up = self.linear_map.in_features * degree * self.upload_bytes
+        return up + self.num_groups * 2 * degree * self.params.answer_bytes
+
+
+@dataclass(frozen=True)
+class _Plan:
+    num_slots: int
+    maps: tuple[_MapPlan, ...]
+
+    @property
+    def wire_bytes(self) -> int:
+        return sum(plan.wire_bytes for plan in self.maps)
+
+
+def _plan(bundle: ModelBundle, num_slots: int) -> _Plan:
+    maps = []
+    for linear_map in bundle.spec.maps:
+        params = params_for_ring(linear_map.ring_bits)
+        pack = params.ring_degree // num_slots
+        upload_bytes = choose_upload_bytes(
+            params, bundle.maps[linear_map.index].max_row_l2, linear_map.in_features, pack
+        )
+        groups = -(-linear_map.out_features // pack)
+        maps.append(_MapPlan(linear_map, params, upload_bytes, groups))
+    # Longest first, so that the last exchanges to finish are short ones.
+    maps.sort(key=lambda plan: plan.wire_bytes, reverse=True)
+    return _Plan(num_slots, tuple(maps))
+
+
+class _Batch:
+    """One batch under one secret key, which is dropped when the batch is done."""
+
+    def __init__(
+        self,
+        plan: _Plan,
+        bundle: ModelBundle,
+        options: LinkOptions,
+        writer: BatchWriter,
+        advance: Callable[[int], None],
+    ) -> None:
+        self._plan = plan
+        self._bundle = bundle
+        self._options = options
+        self._writer = writer
+        self._advance = advance
+        # A secret belongs to one parameter set, and lives as long as this object.
+        self._secrets = {
+            params.name: BatchSecret.generate(params)
+            for params in {map_plan.params for map_plan in plan.maps}
+        }
+        self._todo: queue.SimpleQueue[_MapPlan] = queue.SimpleQueue()
+        self._failure: BaseException | None = None
+        self._lock = threading.Lock()
+        self.bytes_sent = 0
+        self.bytes_received = 0
+
+    def run(self) -> None:
+        for map_plan in self._plan.maps:
+            self._todo.put(map_plan)
+        threads = [
+            threading.Thread(target=self._work, name=f"prepare {i}", daemon=True)
+            for i in range(EXCHANGES_AT_ONCE)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():  # join() alone would not let Ctrl-C through on all systems
+                thread.join(0.2)
+        if self._failure is not None:
+            raise self._failure
+
+    def _work(self) -> None:
+        link: ServerLink | None = None
+        try:
+            link = ServerLink(self._options, self._bundle.fingerprint)
+            while self._failure is None:
+                try:
+                    map_plan = self._todo.get_nowait()
+                except queue.Empty:
+                    return
+                self._exchange_with_retries(link, map_plan)
+        except BaseException as error:
+            self._failure = self._failure or error
+        finally:
+            if link is not None:
+                traffic = link.current_traffic()
+                link.close()
+                with self._lock:
+                    self.bytes_sent += traffic.bytes_sent
+                    self.bytes_received += traffic.bytes_received
+
+    def _exchange_with_retries(self, link: ServerLink, plan: _MapPlan) -> None:
+        for attempt in range(1, MAX_TRIES_A_MAP + 1):
+            done_before = _Meter(self._advance)
+            try:
+                return self._exchange(link, plan, done_before)
+            except ConnectionLost as error:
+                if attempt == MAX_TRIES_A_MAP:
+                    raise
+                done_before.take_back()
+                link.restore(error)
+        return None
+
+    def _exchange(self, link: ServerLink, plan: _MapPlan, meter: _Meter) -> None:
+        """Upload one map's encrypted pads and store the decrypted answers.
+
+        Every try draws a fresh ``a_key``: two ciphertexts with the same a and secret would reveal
+        the difference of their errors and messages, and BatchSecret refuses to make them.
+        """
+        a_key = os.urandom(A_KEY_BYTES)
+        secret = self._secrets[plan.params.name]
+        index, n = plan.linear_map.index, plan.linear_map.in_features
+        slots = self._plan.num_slots
+        link.send(OleBegin(index, slots, plan.upload_bytes, a_key))
+        coordinate_bytes = plan.params.ring_degree * plan.upload_bytes
+        step = min(BLOCK_COORDINATES, MAX_OLE_BLOCK_BYTES // coordinate_bytes)
+        for first in range(0, n, step):
+            if self._failure is not None:
+                raise OtpipeError("preparation stopped")
+            count = min(step, n - first)
+            r_TJ = self._writer.pads(index, first, count)
+            block = encrypt_block(secret, a_key, index, first, r_TJ, plan.upload_bytes)
+            link.send(OleBlock(first, count), block.reshape(-1))
+            meter.add(count * coordinate_bytes)
+        self._receive(link, plan, secret, meter)
+
+    def _receive(
+        self, link: ServerLink, plan: _MapPlan, secret: BatchSecret, meter: _Meter
+    ) -> None:
+        params, slots = plan.params, self._plan.num_slots
+        group_bytes = 2 * params.ring_degree * params.answer_bytes
+        pack = params.ring_degree // slots
+        next_group = 0
+        while next_group < plan.num_groups:
+
+            def due(header: Header, first: int = next_group) -> int:
+                answer = OleAnswer.parse(header)
+                most = min(plan.num_groups - first, max(1, MAX_OLE_BLOCK_BYTES // group_bytes))
+                if (
+                    answer.map_index != plan.linear_map.index
+                    or answer.first_group != first
+                    or not 1 <= answer.groups <= most
+                ):
+                    raise ProtocolError(
+                        f"the server answered map {answer.map_index} groups {answer.first_group}+"
+                        f"{answer.groups}; due were map {plan.linear_map.index} from {first}"
+                    )
+                return answer.groups * group_bytes
+
+            payload = link.receive(MessageType.OLE_ANSWER, due)
+            groups = len(payload) // group_bytes
+            first_output = next_group * pack
+            num_outputs = min(groups * pack, plan.linear_map.out_features - first_output)
+            answer = payload.reshape(groups, 2, params.ring_degree, params.answer_bytes)
+            c_mT: np.ndarray = decrypt_block(secret, params, answer, slots, num_outputs)
+            self._writer.put(plan.linear_map.index, first_output, c_mT)
+            meter.add(len(payload))
+            next_group += groups
+
+
+class _Meter:
+    """Progress of one try, which can be taken back when the try fails."""
+
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self._advance = advance
+        self._done = 0
+
+    def add(self, num_bytes: int) -> None:
+        self._done += num_bytes
+        self._advance(num_bytes)
+
+    def take_back(self) -> None:
+        self._advance(-self._done)
+        self._done = 0

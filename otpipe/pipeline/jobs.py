@@ -1,0 +1,64 @@
+"""What the gateway asks of a rank: a fixed row of integers plus raw bytes, nothing pickled."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+HEADER_FIELDS = 8
+
+
+class Op(IntEnum):
+    """What a job asks for, and how its answer ended."""
+
+    LINEAR = 1
+    OLE_BEGIN = 2
+    OLE_BLOCK = 3
+    OLE_NEXT = 4
+    OLE_DROP = 5
+    DESCRIBE = 6
+    STOP = 7
+    DONE = 100
+    FAILED = 101
+
+
+@dataclass(frozen=True, slots=True)
+class JobHeader:
+    """Eight int64 that precede every payload between ranks.
+
+    Attributes:
+        op: an :class:`Op`.
+        map_index: the linear map meant, or 0.
+        rows: rows of a LINEAR; slots of an OLE_BEGIN; count of an OLE_BLOCK; groups of an answer.
+        session: number of the preprocessing session on that rank.
+        first: first coordinate of an OLE_BLOCK; first group of an answer; -1 when there is none.
+        extra: upload bytes of an OLE_BEGIN.
+        payload_bytes: length of the payload that follows; filled in by the transport.
+        reserved: 0.
+    """
+
+    op: int
+    map_index: int = 0
+    rows: int = 0
+    session: int = 0
+    first: int = 0
+    extra: int = 0
+    payload_bytes: int = 0
+    reserved: int = 0
+
+    def to_tensor(self, payload_bytes: int) -> Tensor:
+        """int64 tensor (8,) with ``payload_bytes`` filled in."""
+        values = list(astuple(self))
+        values[6] = payload_bytes
+        return torch.tensor(values, dtype=torch.int64)
+
+    @classmethod
+    def from_tensor(cls, row: Tensor) -> JobHeader:
+        """Inverse of :meth:`to_tensor`."""
+        return cls(*row.tolist())
+
+
+EMPTY = torch.empty(0, dtype=torch.uint8)

@@ -1,0 +1,112 @@
+"""From float32 activations to ring elements and back, with an overflow that is impossible.
+
+The client knows x in the clear, so it picks one scale per token: the largest for which no output
+W_i·x can leave [-2^31, 2^31). The bound on |W_i·x| joins two inequalities. For any set O of
+coordinates,
+
+    |W_i·x|  <=  max|W| * sum_{j in O} |x_j|  +  ||W_i||_2 * ||x outside O||_2
+
+(Hölder on O, Cauchy-Schwarz on the rest). With O empty this is Cauchy-Schwarz alone, which loses a
+factor ||W_i||/127 on a vector that one outlier channel dominates, as large models have them; taking
+the few largest coordinates into O gives those bits back. The best O of every size is a prefix of
+the coordinates sorted by magnitude, so a handful of prefixes is tried and the smallest bound kept.
+
+Shapes: T rows, n in_features, m out_features.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from otpipe.errors import OtpipeError
+
+INT8_LIMIT = 127
+RING_LIMIT = 2.0**31
+MAX_OUTLIERS = 64
+"""Largest set O that is tried."""
+
+ROUNDING_SLACK = 1.0 - 1e-6
+"""Covers the float32 norms and the float64 products below; both err by far less."""
+
+
+def output_bound(x_Tn: Tensor, max_row_l2: float) -> Tensor:
+    """Upper bound on |W_i·x| over all rows i of W, for each row of ``x_Tn``.
+
+    Args:
+        x_Tn: float32 (T, n).
+        max_row_l2: largest Euclidean norm of a row of the int8 weight.
+
+    Returns:
+        float64 (T,).
+    """
+    x = x_Tn.double()
+    energy_T = x.square().sum(dim=1)
+    plain_T = max_row_l2 * energy_T.sqrt()
+    peak_T = x.abs().amax(dim=1)
+    # O = {largest} helps only if 127 a < L2 (|x| - sqrt(|x|^2 - a^2)): needs a > 127 |x| / L2.
+    if not bool((peak_T * max_row_l2 > INT8_LIMIT * energy_T.sqrt()).any()):
+        return plain_T
+    top_TK = x.abs().topk(min(MAX_OUTLIERS, x.shape[1]), dim=1).values
+    rest_TK = (energy_T[:, None] - top_TK.square().cumsum(dim=1)).clamp_min(0.0)
+    # The subtraction cancels; what it may have lost is put back, so that this stays a bound.
+    rest_TK = rest_TK + 1e-12 * energy_T[:, None]
+    joint_TK = INT8_LIMIT * top_TK.cumsum(dim=1) + max_row_l2 * rest_TK.sqrt()
+    return torch.minimum(plain_T, joint_TK.amin(dim=1))
+
+
+def quantize_activations(
+    x_Tn: Tensor, max_row_l2: float, max_row_l1: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Round each row at the largest scale that cannot overflow the 2^32 ring.
+
+    Args:
+        x_Tn: float32 (T, n), finite.
+        max_row_l2, max_row_l1: largest norms of a row of the int8 weight; the second bounds what
+            rounding each coordinate by at most 1/2 adds to an output.
+
+    Returns:
+        int32 (T, n) rounded rows, float64 (T,) real value of one unit of each row.
+
+    Raises:
+        OtpipeError: an activation is not finite.
+    """
+    bound_T = output_bound(x_Tn, max_row_l2)
+    if not bool(torch.isfinite(bound_T).all()):
+        raise OtpipeError(
+            "an activation is infinite or not a number: the checkpoint overflows float32 on this "
+            "input, or the server answered wrongly; check the server's weights"
+        )
+    headroom = (RING_LIMIT - 1.0 - 0.5 * max_row_l1) * ROUNDING_SLACK
+    if headroom <= 0:
+        raise OtpipeError(
+            f"a weight row with absolute sum {max_row_l1:.4g} leaves no room in a 32-bit ring"
+        )
+    # A zero row, or zero weights, may use any scale; 1 keeps it finite.
+    scale_T = torch.where(bound_T > 0, headroom / bound_T.clamp_min(1e-300), 1.0)
+    # Never let a coordinate itself leave the ring, even under weights that are all zero.
+    peak_T = x_Tn.abs().amax(dim=1).double()
+    scale_T = torch.minimum(scale_T, (RING_LIMIT / 4) / peak_T.clamp_min(1e-300))
+    rounded_Tn = (x_Tn.double() * scale_T[:, None]).round_().to(torch.int32)
+    return rounded_Tn.numpy(), (1.0 / scale_T).numpy()
+
+
+def dequantize_outputs(
+    y_Tm: np.ndarray, unit_T: np.ndarray, scale_m: Tensor, bias_m: Tensor | None
+) -> Tensor:
+    """Real outputs from opened ring elements.
+
+    Args:
+        y_Tm: int32 (T, m), W·x for the rounded x.
+        unit_T: float64 (T,) from :func:`quantize_activations`.
+        scale_m: float32 (m,) scales of the int8 weight rows.
+        bias_m: float32 (m,) or None.
+
+    Returns:
+        float32 (T, m).
+    """
+    out_Tm = torch.from_numpy(y_Tm).to(torch.float32)
+    out_Tm.mul_(scale_m)
+    out_Tm.mul_(torch.from_numpy(unit_T).to(torch.float32)[:, None])
+    return out_Tm if bias_m is None else out_Tm.add_(bias_m)

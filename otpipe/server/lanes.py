@@ -1,0 +1,135 @@
+"""One lane per rank: jobs of several clients for the same map become one GEMM.
+
+Flat combining (Hendler, Incze, Shavit, Tzafrir, SPAA 2010): every client thread queues its rows and
+then asks for the lane's lock; whoever gets it does all that is queued, and the others find their
+rows done. A single client pays no thread hand-over, and several are grouped without a timer.
+Different lanes run at once, so that several ranks are busy with different clients.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from otpipe.errors import ServerRefused
+from otpipe.pipeline.jobs import EMPTY, JobHeader, Op
+from otpipe.protocol.messages import MAX_LINEAR_BYTES, MAX_LINEAR_ROWS
+
+RankCall = Callable[[JobHeader, Tensor], tuple[JobHeader, Tensor]]
+"""Do one job on the lane's rank: directly for the gateway's own, over the transport for others."""
+
+MAX_OLE_SESSIONS_PER_RANK = 2
+"""Preprocessing sessions that may hold memory on one rank at a time; further ones wait."""
+
+
+@dataclass(slots=True, eq=False)
+class _LinearJob:
+    map_index: int
+    rows: int
+    payload: Tensor  # uint8 (bytes,)
+    result: Tensor | None = None
+    error: BaseException | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.result is not None or self.error is not None
+
+
+class Lane:
+    """All traffic with one rank."""
+
+    def __init__(self, rank: int, rank_call: RankCall) -> None:
+        self.rank = rank
+        self.ole_slots = threading.BoundedSemaphore(MAX_OLE_SESSIONS_PER_RANK)
+        self._rank_call = rank_call
+        self._busy = threading.Lock()
+        self._pending: deque[_LinearJob] = deque()
+        self._sessions = 0
+
+    def linear(self, map_index: int, rows: int, payload: Tensor) -> Tensor:
+        """W (x - r) for one client's rows, grouped with whatever else waits for this rank.
+
+        Args:
+            payload: uint8 (rows * n * ring_bytes,) CPU.
+
+        Returns:
+            uint8 (rows * m * ring_bytes,) CPU.
+        """
+        job = _LinearJob(map_index, rows, payload)
+        self._pending.append(job)
+        with self._busy:
+            if not job.finished:
+                self._run_pending()
+        if job.error is not None:
+            raise job.error
+        assert job.result is not None
+        return job.result
+
+    def call(self, header: JobHeader, payload: Tensor = EMPTY) -> tuple[JobHeader, Tensor]:
+        """One job on the rank, alone.
+
+        Raises:
+            ServerRefused: the rank answered with an error; its sentence is the message.
+            RankDied: the rank is gone.
+        """
+        with self._busy:
+            return self._checked_call(header, payload)
+
+    def new_session(self) -> int:
+        """A preprocessing session number that this rank has not seen."""
+        with self._busy:
+            self._sessions += 1
+            return self._sessions
+
+    def _checked_call(self, header: JobHeader, payload: Tensor) -> tuple[JobHeader, Tensor]:
+        answer, result = self._rank_call(header, payload)
+        if answer.op == Op.FAILED:
+            raise ServerRefused(bytes(result.cpu().numpy()).decode(errors="replace"))
+        return answer, result
+
+    def _run_pending(self) -> None:
+        """Do everything queued now; runs under the lock."""
+        groups: dict[int, list[_LinearJob]] = {}
+        for _ in range(len(self._pending)):
+            job = self._pending.popleft()
+            groups.setdefault(job.map_index, []).append(job)
+        for jobs in groups.values():
+            while jobs:
+                group = _take_group(jobs)
+                try:
+                    self._run_group(group)
+                except BaseException as error:
+                    for job in group:
+                        job.error = error
+
+    def _run_group(self, group: list[_LinearJob]) -> None:
+        payload = group[0].payload if len(group) == 1 else torch.cat([j.payload for j in group])
+        rows = sum(job.rows for job in group)
+        header = JobHeader(Op.LINEAR, group[0].map_index, rows)
+        _, result = self._checked_call(header, payload)
+        result = result.cpu()
+        bytes_per_row = result.numel() // rows
+        for job, piece in zip(
+            group, result.split([job.rows * bytes_per_row for job in group]), strict=True
+        ):
+            job.result = piece
+
+
+def _take_group(jobs: list[_LinearJob]) -> list[_LinearJob]:
+    """Remove from ``jobs`` as many as fit one request of the allowed size."""
+    rows = size = 0
+    for count, job in enumerate(jobs):
+        rows += job.rows
+        size += job.payload.numel()
+        if count and (rows > MAX_LINEAR_ROWS or size > MAX_LINEAR_BYTES):
+            group = jobs[:count]
+            del jobs[:count]
+            return group
+    group = jobs[:]
+    jobs.clear()
+    return group

@@ -1,0 +1,94 @@
+"""What one server offers to every client: its model's public facts and its lanes."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+
+import numpy as np
+
+from otpipe import __version__
+from otpipe.model.bundle import ModelBundle
+from otpipe.model.spec import ModelSpec
+from otpipe.pipeline.placement import Placement
+from otpipe.protocol.messages import Welcome
+from otpipe.server.lanes import Lane
+
+
+class Audit:
+    """Histogram of the payload bytes that clients sent, to show what a server sees.
+
+    Uniform noise has an entropy of 8 bits a byte.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts = np.zeros(256, dtype=np.int64)
+        self._sample = b""
+
+    def add(self, payload: np.ndarray) -> None:
+        """Count the bytes of ``payload``, uint8 (bytes,)."""
+        counts = np.bincount(payload, minlength=256)
+        with self._lock:
+            self._counts += counts
+            self._sample = payload[:12].tobytes()
+
+    def line(self) -> str:
+        """One sentence: how many bytes, how uniform, and the latest few."""
+        with self._lock:
+            total = int(self._counts.sum())
+            if not total:
+                return "the server received no payload"
+            share = self._counts[self._counts > 0] / total
+            sample = self._sample.hex(" ")
+        entropy = float(-(share * np.log2(share)).sum())
+        return (
+            f"the server saw {total / 1e6:.1f} MB of payload with {entropy:.4f} bits of entropy a "
+            f"byte (uniform noise: 8), the last of it beginning {sample}"
+        )
+
+
+class Service:
+    """Immutable facts and the lanes; shared by all sessions.
+
+    Args:
+        bundle: the public model description.
+        placement: owner of every map.
+        lanes: one per rank, in rank order.
+        audit: collects what clients send, or None.
+    """
+
+    def __init__(
+        self,
+        bundle: ModelBundle,
+        placement: Placement,
+        lanes: list[Lane],
+        audit: Audit | None = None,
+    ) -> None:
+        self.spec: ModelSpec = bundle.spec
+        self.bundle = bundle.to_bytes()
+        self.welcome = Welcome(
+            server=f"otpipe {__version__}",
+            fingerprint=bundle.fingerprint,
+            weights="public",
+            num_ranks=placement.world_size,
+            bundle_bytes=len(self.bundle),
+            bundle_sha256=hashlib.sha256(self.bundle).digest(),
+        )
+        self._placement = placement
+        self._lanes = lanes
+        self._max_row_l2 = [bundle.maps[m.index].max_row_l2 for m in bundle.spec.maps]
+        self._audit = audit
+
+    def lane_of(self, map_index: int) -> Lane:
+        """The lane of the rank that owns a map."""
+        return self._lanes[self._placement.owner_of_map[map_index]]
+
+    def max_row_l2(self, map_index: int) -> float:
+        """Largest Euclidean norm of a row of the map's int8 weight."""
+        return self._max_row_l2[map_index]
+
+    def audit(self, payload: np.ndarray) -> None:
+        """Count what a client sent, where that was asked for."""
+        if self._audit is not None:
+            self._audit.add(payload)

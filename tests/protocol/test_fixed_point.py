@@ -1,0 +1,83 @@
+"""Quantised activations: no output can overflow, and outliers cost few bits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from otpipe.errors import OtpipeError
+from otpipe.protocol.fixed_point import dequantize_outputs, output_bound, quantize_activations
+
+
+def _norms(weight: torch.Tensor) -> tuple[float, float]:
+    wide = weight.double()
+    return float(wide.norm(dim=1).max()), float(wide.abs().sum(dim=1).max())
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 70),
+    st.integers(1, 9),
+    st.floats(-30, 30),
+    st.integers(0, 5),
+)
+def test_no_output_leaves_the_ring(
+    seed: int, n: int, m: int, log_scale: float, num_outliers: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randint(-127, 128, (m, n), generator=generator).to(torch.int8)
+    x = torch.randn(3, n, generator=generator) * 2.0**log_scale
+    x[:, :num_outliers] *= 1e4
+    # The adversarial row: aligned with x, every entry at its limit.
+    x[2] = weight[0].float() * 2.0**log_scale
+    l2, l1 = _norms(weight)
+    rounded, unit = quantize_activations(x, l2, l1)
+    exact = rounded.astype(object) @ weight.numpy().T.astype(object)
+    assert np.abs(exact).max() < 2**31
+    assert np.isfinite(unit).all()
+
+
+def test_bound_holds_for_the_worst_row_and_is_tight_with_outliers() -> None:
+    torch.manual_seed(1)
+    n = 4096
+    weight = torch.randint(-127, 128, (64, n), dtype=torch.int8)
+    l2, _ = _norms(weight)
+    x = torch.randn(2, n)
+    x[1, 7] = 1e4
+    bound = output_bound(x, l2)
+    exact = (x.double() @ weight.double().T).abs().amax(dim=1)
+    assert bool((bound >= exact).all())
+    plain = l2 * x[1].double().norm()
+    assert bound[1] < plain / 10, "the outlier should be bounded by 127 |x|, not by the row norm"
+
+
+def test_rounding_error_is_small_and_signed_values_survive() -> None:
+    torch.manual_seed(2)
+    weight = torch.randint(-127, 128, (32, 512), dtype=torch.int8)
+    x = torch.randn(4, 512)
+    scale = torch.rand(32) + 0.1
+    bias = torch.randn(32)
+    rounded, unit = quantize_activations(x, *_norms(weight))
+    y = (rounded.astype(np.int64) @ weight.numpy().T.astype(np.int64)).astype(np.int32)
+    out = dequantize_outputs(y, unit, scale, bias)
+    want = (x @ weight.float().T) * scale + bias
+    assert float((out - want).norm() / want.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_activation_is_refused(value: float) -> None:
+    x = torch.zeros(1, 4)
+    x[0, 2] = value
+    with pytest.raises(OtpipeError, match="infinite or not a number"):
+        quantize_activations(x, 100.0, 200.0)
+
+
+def test_zero_activations_and_zero_weights() -> None:
+    rounded, unit = quantize_activations(torch.zeros(2, 3), 100.0, 200.0)
+    assert not rounded.any() and np.isfinite(unit).all()
+    rounded, unit = quantize_activations(torch.full((1, 3), 1e30), 0.0, 0.0)
+    assert np.isfinite(unit).all() and np.abs(rounded.astype(np.int64)).max() < 2**31
