@@ -125,7 +125,7 @@ def case_logits(executor: Executor[Any, Any], case: Case) -> Tensor:
     for count in case.chunks:
         ends.append(ends[-1] + count)
     assert ends[-1] == len(case.token_ids), f"case {case.name} has chunks {case.chunks}"
-    passes = [
+    passes: list[Any] = [
         forward(executor, case.token_ids[first:last], kv_cache, logits_for="all")
         for first, last in pairwise(ends)
     ]

@@ -90,8 +90,8 @@ def build_checkpoint(
     randomise(model, seed)
     if outlier_tokens is not None:
         plant_outliers(model, outlier_tokens)
-    options = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
-    model.to(dtype).save_pretrained(directory, **options)
+    options: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+    torch.nn.Module.to(model, dtype).save_pretrained(directory, **options)
     return directory
 
 

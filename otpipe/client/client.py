@@ -119,7 +119,7 @@ class Client:
             self._link.close()
             raise
         self._encoder: PromptEncoder | None = None
-        self._executor = MaskedExecutor(self.bundle, self._store, self._link)
+        self.executor = MaskedExecutor(self.bundle, self._store, self._link)
         self.last: Generation | None = None
         """The latest generation, complete or not."""
 
@@ -199,9 +199,9 @@ class Client:
         """
         tokens = [int(token) for token in token_ids]
         self._ensure_slots(len(tokens))
-        cache = self._executor.new_cache()
+        cache = self.executor.new_cache()
         parts = [
-            forward(self._executor, tokens[first : first + PREFILL_ROWS], cache, "all")
+            forward(self.executor, tokens[first : first + PREFILL_ROWS], cache, "all")
             for first in range(0, max(1, len(tokens)), PREFILL_ROWS)
         ]
         return torch.cat([part for part in parts if part is not None])
@@ -299,8 +299,8 @@ class Client:
     ) -> Iterator[int]:
         generation = self.last = Generation(prompt_tokens=len(prompt_ids))
         generation.stats.prepare_s = self._ensure_slots(len(prompt_ids) + limit - 1)
-        meter = _OnlineMeter(self._link, self._executor, generation)
-        cache = self._executor.new_cache()
+        meter = _OnlineMeter(self._link, self.executor, generation)
+        cache = self.executor.new_cache()
         pending = prompt_ids
         try:
             while generation.finish_reason is None:
@@ -326,7 +326,7 @@ class Client:
             chunk = token_ids[first : first + PREFILL_ROWS]
             last = first + PREFILL_ROWS >= len(token_ids)
             wanted: LogitsFor = "last" if last else "none"
-            logits = forward(self._executor, chunk, cache, wanted)
+            logits = forward(self.executor, chunk, cache, wanted)
         assert logits is not None
         return logits[0].numpy()
 

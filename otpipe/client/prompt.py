@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 _VERBATIM_FILES = (
     "tokenizer.json",
     "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
     "chat_template.jinja",
 )
 # Besides these, transformers hands every setting to the constructor of the tokenizer, among them
@@ -63,7 +61,7 @@ _FILTERED_FILES = {
     "config.json": _CONFIG_SETTINGS,
 }
 # Read here or not at all, never written.
-_OTHER_FILES = ("generation_config.json", "chat_template.json")
+_OTHER_FILES = ("generation_config.json", "chat_template.json", "vocab.json", "merges.txt")
 TOKENIZER_FILES = frozenset({*_VERBATIM_FILES, *_FILTERED_FILES, *_OTHER_FILES})
 
 _TOKENIZER_CLASSES = (
@@ -106,6 +104,11 @@ class PromptEncoder:
                 f"The model comes with a file {unknown[0]!r:.80}, which is no known tokenizer"
                 f" file; use {', '.join(sorted(TOKENIZER_FILES))}."
             )
+        if "tokenizer.json" not in files:  # transformers would make one without vocabulary
+            raise CheckpointError(
+                "The model comes without a tokenizer.json; save one into the checkpoint of the"
+                " server with save_pretrained of its tokenizer."
+            )
         self._settings = {
             name: _json_object(name, content)
             for name, content in files.items()
@@ -137,10 +140,12 @@ class PromptEncoder:
                 f" {error.start}); give UTF-8 text."
             ) from None
         if self.has_chat_template and not raw:
-            token_ids = self._apply_chat_template(prompt)
+            with _checkpoint_error("The chat template of the model fails"):
+                token_ids = self._apply_chat_template(prompt)
         else:
-            # verbose: the caller checks the length against the model, not the tokenizer's guess.
-            token_ids = self.tokenizer(prompt, verbose=False)["input_ids"]
+            with _checkpoint_error("The tokenizer of the model cannot encode the prompt"):
+                # verbose: the caller checks the length by the model, not the tokenizer's guess.
+                token_ids = self.tokenizer(prompt, verbose=False)["input_ids"]
         if not token_ids:
             raise UsageError(
                 "The prompt is empty and this model has no beginning-of-text token to start from;"
@@ -172,18 +177,12 @@ class PromptEncoder:
         return frozenset(found)
 
     def _apply_chat_template(self, prompt: str) -> list[int]:
-        try:
-            token_ids: Any = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}],
-                add_generation_prompt=True,
-                return_dict=False,
-                tokenizer_kwargs={"verbose": False},
-            )
-        except Exception as error:  # a template can raise anything, also on purpose
-            raise CheckpointError(
-                f"The chat template of the model fails ({_one_line(error)}); {_REMEDY}, or encode"
-                " the prompt raw."
-            ) from error
+        token_ids: Any = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            return_dict=False,
+            tokenizer_kwargs={"verbose": False},
+        )
         return list(token_ids)
 
 
@@ -272,25 +271,25 @@ def _holds(directory: Path, files: Mapping[str, bytes]) -> bool:
 def _load(directory: Path) -> Any:
     from transformers import AutoTokenizer  # takes seconds, so only here
 
-    try:
-        with _quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(
-                directory,
-                local_files_only=True,
-                trust_remote_code=False,  # without it, transformers asks on the terminal
-                # Made for WordPiece; transformers ignores it for BPE, but not in every version.
-                clean_up_tokenization_spaces=False,
-            )
-    except Exception as error:  # of every kind: JSON, Rust, missing attributes
-        raise CheckpointError(
-            f"The tokenizer of the model cannot be loaded ({_one_line(error)}); {_REMEDY}."
-        ) from error
-    if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise CheckpointError(
-            f"The tokenizer of the model ({type(tokenizer).__name__}) has no tokenizer.json; save"
-            " one into the checkpoint of the server with AutoTokenizer.save_pretrained."
+    with _checkpoint_error("The tokenizer of the model cannot be loaded"), _quiet_transformers():
+        return AutoTokenizer.from_pretrained(
+            directory,
+            local_files_only=True,
+            trust_remote_code=False,  # without it, transformers asks on the terminal
+            # Made for WordPiece; transformers ignores it for BPE, but not in every version.
+            clean_up_tokenization_spaces=False,
         )
-    return tokenizer
+
+
+@contextlib.contextmanager
+def _checkpoint_error(what: str) -> Iterator[None]:
+    """Turns whatever the model's files provoke into a CheckpointError."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # also tokenizers' PanicException, which is no Exception
+        raise CheckpointError(f"{what} ({_one_line(error)}); {_REMEDY}.") from error
 
 
 @contextlib.contextmanager

@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 
 from otpipe.errors import OtpipeError, UsageError
 
-# Top-p rarely needs more than a few hundred tokens, so only the likeliest are sorted, and more of
-# them only where these do not hold enough probability.
-_FIRST_HEAD = 1024
-_HEAD_GROWTH = 8
+# Top-p rarely keeps more than a few hundred tokens. So the vocabulary is parted after this many of
+# the likeliest, then halved where that does not decide; only so few are ever sorted.
+_MAX_SORTED = 1024
 
 
 @dataclass(frozen=True)
@@ -102,29 +101,35 @@ class Sampler:
 
 
 def _kth_largest(logits_V: NDArray[np.float32], k: int) -> np.float32:
-    return np.partition(logits_V, logits_V.size - k)[logits_V.size - k]  # type: ignore[no-any-return]
+    return np.partition(logits_V, logits_V.size - k)[logits_V.size - k]
 
 
 def _nucleus(weights_C: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
     """Indices of the fewest largest weights whose sum is at least ``top_p`` of the total.
 
-    Descending by weight, always at least one. transformers cuts the ascending order where the sum
+    In no order, always at least one. transformers cuts the ascending order where the sum
     of the tail is at most 1 - top_p, which is the same set.
     """
     needed = top_p * float(weights_C.sum())
-    head = _FIRST_HEAD
-    while True:
-        if head < weights_C.size:
-            largest = np.argpartition(weights_C, weights_C.size - head)[weights_C.size - head :]
-            largest.sort()
+    kept: list[NDArray[np.intp]] = []
+    open_ = np.arange(weights_C.size)
+    num_largest = _MAX_SORTED
+    while open_.size > _MAX_SORTED:
+        split = open_.size - num_largest
+        order = np.argpartition(weights_C[open_], split)
+        largest = open_[order[split:]]
+        mass = float(weights_C[largest].sum())
+        if mass >= needed:
+            open_ = largest
         else:
-            largest = np.arange(weights_C.size)
-        # Equal weights stay in token order.
-        order = largest[np.argsort(-weights_C[largest], kind="stable")]
-        sums = np.cumsum(weights_C[order])
-        if sums[-1] >= needed or largest.size == weights_C.size:
-            return order[: int(np.searchsorted(sums, needed)) + 1]
-        head *= _HEAD_GROWTH
+            kept.append(largest)
+            needed -= mass
+            open_ = open_[order[:split]]
+        num_largest = open_.size // 2
+    open_.sort()  # equal weights in token order
+    order = open_[np.argsort(-weights_C[open_], kind="stable")]
+    cut = int(np.searchsorted(np.cumsum(weights_C[order]), needed)) + 1
+    return np.concatenate([*kept, order[:cut]])
 
 
 def _check_finite(logits_V: NDArray[np.float32]) -> None:

@@ -275,7 +275,7 @@ def directory_bytes(directory: Path) -> int:
 def inspect_batches(root: Path) -> list[BatchInfo]:
     """All batches of all models under ``root``, without a lock and without changing anything."""
     infos = []
-    models = sorted(path for path in root.iterdir() if is_fingerprint(path.name))
+    models = sorted(p for p in root.iterdir() if is_fingerprint(p.name) and p.is_dir())
     for directory in (batch for model in models for batch in sorted(model.iterdir())):
         parsed = parse_batch_dir(directory.name)
         if parsed is None:

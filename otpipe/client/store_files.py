@@ -329,8 +329,8 @@ def read_meta(directory: Path) -> BatchMeta:
         return BatchMeta(
             batch_id=fields["batch_id"],
             layout=ModelLayout(fields["fingerprint"], shapes),
-            num_slots=fields["num_slots"],
-            created_ns=fields["created_ns"],
+            num_slots=int(fields["num_slots"]),
+            created_ns=int(fields["created_ns"]),
             identity=fields["identity"],
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

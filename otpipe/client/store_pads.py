@@ -12,6 +12,7 @@ import threading
 from collections import OrderedDict
 
 import numpy as np
+from Crypto.Cipher import AES
 
 from otpipe.client.store_layout import MapShape, ModelLayout
 from otpipe.crypto.randomness import derive_key, keystream
@@ -19,6 +20,7 @@ from otpipe.crypto.randomness import derive_key, keystream
 _WINDOW_BYTES = 64 << 20  # of one tile of pads kept during preparation
 _NUM_WINDOWS = 2
 _KEYSTREAM_NONCE = 0  # the key is used for this purpose only
+_SHORT_BYTES = 64 << 10  # below, setting up a counter-mode object costs more than its output
 
 
 class PadStream:
@@ -27,17 +29,33 @@ class PadStream:
     def __init__(self, pad_key: bytes, shape: MapShape) -> None:
         self.shape = shape
         self._key = derive_key(pad_key, "pad", shape.index)
+        self._cipher = AES.new(self._key, AES.MODE_ECB)
 
     def rows(self, first_slot: int, count: int) -> np.ndarray:
         """Pads (count, n) of consecutive slots, uint32 or uint8, contiguous."""
         shape = self.shape
         stride = shape.pad_stride
         out = np.empty(count * stride, np.uint8)
-        keystream(self._key, _KEYSTREAM_NONCE, first_slot * stride, out)
+        if out.size <= _SHORT_BYTES:
+            self._short_keystream(first_slot * stride, out)
+        else:
+            keystream(self._key, _KEYSTREAM_NONCE, first_slot * stride, out)
         rows = out.reshape(count, stride)
         if stride != shape.pad_bytes:
             rows = np.ascontiguousarray(rows[:, : shape.pad_bytes])
         return rows.view(shape.dtype)
+
+    def _short_keystream(self, offset_bytes: int, out: np.ndarray) -> None:
+        """``keystream``, with the key schedule kept: a decode step asks hundreds of times.
+
+        CTR is the block cipher applied to nonce || block number (NIST SP 800-38A, section 6.5).
+        Offset and length are multiples of 16.
+        """
+        first, num_blocks = offset_bytes // 16, out.size // 16
+        counters = np.empty((num_blocks, 2), ">u8")
+        counters[:, 0] = _KEYSTREAM_NONCE
+        counters[:, 1] = np.arange(first, first + num_blocks)
+        self._cipher.encrypt(counters.view(np.uint8).reshape(-1).data, output=out.data)
 
     def window(self, num_slots: int, first_byte: int, num_bytes: int) -> np.ndarray:
         """Bytes first_byte .. first_byte + num_bytes of the pads of slots 0 .. T-1: (T, num_bytes).

@@ -247,6 +247,8 @@ class BatchWriter:
     def _require_open(self) -> None:
         if self._state != "open":
             raise RuntimeError(f"the batch is {self._state}")
+        if os.getpid() != self._owner_pid:
+            raise RuntimeError("a batch is prepared by the process that began it")
 
     def _full(self, needed: int, available: int) -> StoreFull:
         return StoreFull(

@@ -16,8 +16,8 @@ from torch.nn import functional
 
 from otpipe.model.spec import LinearMap, ModelSpec, RopeSpec
 
-# Scores of one block of query rows stay below 64 MiB of float32, however long the prompt is.
-_MAX_BLOCK_SCORES = 1 << 24
+# Bounds the mask, and spares the work on keys that no row of the block may see.
+_BLOCK_ROWS = 256
 _FIRST_CAPACITY = 256
 
 
@@ -119,37 +119,29 @@ def inverse_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:
 def causal_attention(q_TKGD: Tensor, keys_KPD: Tensor, values_KPD: Tensor) -> Tensor:
     """Softmax attention of the last T of P positions, each seeing itself and those before.
 
-    Float32 throughout. Returns (T, K * G * D), heads in the order of the query. The query heads
-    of a group are rows of one product, so keys and values are never repeated in memory.
+    Float32 throughout. Returns (T, K * G * D), heads in the order of the query. Keys and values
+    are shared by the heads of a group, not repeated in memory.
     """
-    num_rows, num_kv_heads, group, head_dim = q_TKGD.shape
-    num_positions = keys_KPD.shape[1]
-    start = num_positions - num_rows
-    block = max(1, _MAX_BLOCK_SCORES // (num_kv_heads * group * num_positions))
-    if num_rows <= block:
-        return _attention_block(q_TKGD, keys_KPD, values_KPD)
-    out = q_TKGD.new_empty((num_rows, num_kv_heads * group * head_dim))
-    for first in range(0, num_rows, block):
-        last = min(first + block, num_rows)
-        seen = start + last
-        out[first:last] = _attention_block(
-            q_TKGD[first:last], keys_KPD[:, :seen], values_KPD[:, :seen]
+    num_rows, K, G, D = q_TKGD.shape
+    if num_rows == 1:
+        # The newest position sees everything: the heads of a group are rows of one query.
+        out = functional.scaled_dot_product_attention(q_TKGD, keys_KPD[None], values_KPD[None])
+        return out.reshape(1, K * G * D)
+    num_before = keys_KPD.shape[1] - num_rows
+    out = q_TKGD.new_empty((num_rows, K * G * D))
+    for first in range(0, num_rows, _BLOCK_ROWS):
+        last = min(first + _BLOCK_ROWS, num_rows)
+        seen = num_before + last
+        visible = torch.ones((last - first, seen), dtype=torch.bool, device=out.device)
+        block = functional.scaled_dot_product_attention(
+            q_TKGD[first:last].flatten(1, 2).transpose(0, 1)[None],  # (1, heads, rows, D)
+            keys_KPD[None, :, :seen],
+            values_KPD[None, :, :seen],
+            attn_mask=visible.tril_(num_before + first),
+            enable_gqa=True,
         )
+        out[first:last].view(last - first, K * G, D).copy_(block[0].transpose(0, 1))
     return out
-
-
-def _attention_block(q_TKGD: Tensor, keys_KPD: Tensor, values_KPD: Tensor) -> Tensor:
-    T, K, G, D = q_TKGD.shape
-    P = keys_KPD.shape[1]
-    q = q_TKGD.permute(1, 2, 0, 3).reshape(K, G * T, D)
-    scores = torch.baddbmm(
-        q.new_empty(()), q, keys_KPD.transpose(1, 2), beta=0, alpha=1 / math.sqrt(D)
-    )
-    if T > 1:
-        hidden = torch.ones((T, T), dtype=torch.bool, device=q.device).triu_(1)
-        scores.view(K, G, T, P)[..., P - T :].masked_fill_(hidden, -math.inf)
-    context = torch.bmm(torch.softmax(scores, dim=-1), values_KPD)
-    return context.view(K, G, T, D).permute(2, 0, 1, 3).reshape(T, K * G * D)
 
 
 class ClearExecutor(ABC):

@@ -31,6 +31,7 @@ from otpipe.client.store import MapShape, PadReuseError, PadStore, SlotDamaged, 
 from otpipe.client.store_checksum import first_bad_row, position_weights, transpose_and_sum
 from otpipe.client.store_files import BatchDamaged, SpentCounter, new_counter
 from otpipe.client.store_layout import ModelLayout
+from otpipe.crypto.randomness import derive_key, keystream
 from otpipe.errors import SlotsExhausted, StoreError, StoreLocked
 
 # --- pads and corrections ------------------------------------------------------------------------
@@ -107,6 +108,17 @@ def test_windows_do_not_change_the_bytes(tmp_path: Path, monkeypatch: pytest.Mon
                     writer.put(shape.index, first, c_mT[first:stop])
             writer.commit()
         check_lease(store.draw(8))
+
+
+def test_short_and_long_requests_see_one_keystream() -> None:
+    key, shape = bytes(range(32)), MapShape(3, 50, 1, 4)  # stride 208
+    stream = store_pads.PadStream(key, shape)
+    reference = np.empty(2048 * 208, np.uint8)
+    keystream(derive_key(key, "pad", 3), 0, 0, reference)
+    wanted = reference.reshape(2048, 208)[:, :200].copy().view("<u4")
+    np.testing.assert_array_equal(stream.rows(0, 2048), wanted)
+    for first, count in ((0, 1), (7, 1), (300, 10), (1, 400)):
+        np.testing.assert_array_equal(stream.rows(first, count), wanted[first : first + count])
 
 
 def test_a_map_can_start_over_after_a_lost_connection(tmp_path: Path) -> None:

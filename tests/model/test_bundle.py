@@ -63,7 +63,7 @@ def test_round_trip(case: Case, case_directory: CaseDirectory) -> None:
 def test_fingerprint_is_reproducible(bundle: ModelBundle, case_directory: CaseDirectory) -> None:
     assert make_bundle(case_directory(CASES[0])).fingerprint == bundle.fingerprint
     assert len(bundle.fingerprint) == 64
-    reordered = replace(bundle, files=dict(reversed(bundle.files.items())))
+    reordered = replace(bundle, files=dict(reversed(list(bundle.files.items()))))
     assert reordered.fingerprint == bundle.fingerprint
 
 

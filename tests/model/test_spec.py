@@ -19,7 +19,7 @@ from otpipe.model.clear_ops import inverse_frequencies
 from otpipe.model.spec import ModelSpec, RopeSpec
 
 # The published config of Qwen2.5-14B (fields that matter).
-QWEN_14B = {
+QWEN_14B: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
     "hidden_act": "silu",
@@ -38,7 +38,7 @@ QWEN_14B = {
     "vocab_size": 152064,
 }
 # The published config of Llama-3.2-1B.
-LLAMA_1B = {
+LLAMA_1B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "attention_bias": False,
@@ -131,7 +131,12 @@ def test_norm_names() -> None:
 
 @pytest.mark.parametrize("rope", [None, LLAMA3_ROPE, LINEAR_ROPE, LLAMA_1B["rope_scaling"]])
 def test_rope_frequencies_equal_transformers_bit_for_bit(rope: dict[str, Any] | None) -> None:
-    sizes = {"num_hidden_layers": 1, "hidden_size": 128, "num_attention_heads": 2, "vocab_size": 8}
+    sizes: dict[str, Any] = {
+        "num_hidden_layers": 1,
+        "hidden_size": 128,
+        "num_attention_heads": 2,
+        "vocab_size": 8,
+    }
     rope = dict(rope or {"rope_type": "default"}) | {"rope_theta": 500000.0}
     config = LlamaConfig(**sizes, intermediate_size=8, rope_parameters=rope)
     model = LlamaForCausalLM(config)
