@@ -88,11 +88,11 @@ def _keystream_range(key: bytes, prefix: bytes, offset: int, out: NDArray[np.uin
     zeros = memoryview(_ZEROS)
     for lo in range(0, out.size, len(_ZEROS)):
         piece = out[lo : lo + len(_ZEROS)]
-        cipher.encrypt(zeros[: piece.size], output=memoryview(piece))
+        cipher.encrypt(zeros[: piece.size], output=piece.data)
 
 
 def random_bytes(num_bytes: int) -> NDArray[np.uint8]:
-    """Fresh secret bytes: AES-256-CTR under a key from the operating system that is then dropped."""
+    """Fresh secret bytes: AES-256-CTR under an OS-random key that is then dropped."""
     out = np.empty(num_bytes, np.uint8)
     keystream(os.urandom(KEY_BYTES), 0, 0, out)
     return out

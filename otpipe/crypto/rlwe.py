@@ -12,13 +12,13 @@ multiplication with X^(uT); the client takes second - first * t and rounds: W r
 
 Security rests on two rules that ``BatchSecret`` enforces or that its owner must keep:
 
-- **One b per (t, a_j).** Two encryptions under the same a_j and t differ by e - e' + Delta (r - r'):
-  they reveal the difference of the pads and let errors be averaged out. a_j is determined by
-  (a_key, map, coordinate), so ``encrypt_block`` refuses to use one twice. To repeat a map after a
-  lost connection, draw a fresh ``a_key`` for it; encrypting the same pads again under fresh a_j is
-  just another RLWE sample.
-- **One batch per secret.** A ``BatchSecret`` is made for one batch and dropped with it. It cannot be
-  pickled, copied or printed.
+- **One b per (t, a_j).** Two encryptions under the same a_j and t differ by
+  e - e' + Delta (r - r'): they reveal the difference of the pads and let errors be averaged out.
+  a_j is determined by (a_key, map, coordinate), so ``encrypt_block`` refuses to use one twice. To
+  repeat a map after a lost connection, draw a fresh ``a_key`` for it; encrypting the same pads
+  again under fresh a_j is just another RLWE sample.
+- **One batch per secret.** A ``BatchSecret`` is made for one batch and dropped with it. It cannot
+  be pickled, copied or printed.
 
 Shape suffixes: J coordinates of a block, N ring degree, T slots, G groups (answer ciphertexts),
 g outputs packed into one group, D digit planes.
