@@ -342,7 +342,10 @@ class Client:
     def _prompt_encoder(self) -> PromptEncoder:
         if self._encoder is None:
             self._encoder = PromptEncoder(
-                self.bundle.files, self._root / "models", self.bundle.fingerprint
+                self.bundle.files,
+                self._root / "models",
+                self.bundle.fingerprint,
+                vocab_size=self.bundle.spec.vocab_size,
             )
         return self._encoder
 

@@ -38,7 +38,7 @@ from otpipe.kernels.ring_gemm import (
 STAGE_INPUTS = 2048
 #: outputs of one product: large enough for the int8 units, small enough for the caches (CPU) and
 #: for temporary memory (CUDA)
-_TILE_ROWS = {"cpu": 512, "cuda": 2048}
+_TILE_ROWS = {"cpu": 384, "cuda": 2048}
 
 
 @dataclass(frozen=True)

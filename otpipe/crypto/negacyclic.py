@@ -127,6 +127,7 @@ def finish_encryption(
     product: Array,
     error_JN: Array,
     message_JT: Array,
+    log2_q: int,
     delta_shift: int,
     dropped_bits: int,
     num_bytes: int,
@@ -135,13 +136,16 @@ def finish_encryption(
     imag: Array,
     words: Array,
 ) -> None:
-    """b = a t + e + (r << delta_shift), rounded by ``dropped_bits`` (ties to even) and packed.
+    """b = a t + e + (r << delta_shift) mod q, ``dropped_bits`` rounded away, ties to even, packed.
 
+    The reduction is part of the security: the bits of the integer a t above q are not covered by
+    the RLWE assumption and must not leave.
     product: a t as left by ``multiply``, (J, 2, M, 2). words: uint64 (J, N*num_bytes/8).
     """
     values = np.empty(error_JN.shape[1], np.int64)
     drop = np.int64(dropped_bits)
     below_half = (np.int64(1) << (drop - np.int64(1))) - np.int64(1) if dropped_bits else 0
+    mask = (np.int64(1) << np.int64(log2_q - dropped_bits)) - np.int64(1)
     for j in range(error_JN.shape[0]):
         _unfold(product[j], limb_bits, real, imag, values)
         error, message = error_JN[j], message_JT[j]
@@ -152,10 +156,10 @@ def finish_encryption(
                 b = values[k] + np.int64(error[k])
                 # Rounding halves up instead would add 1/2 to every b, which a row sum of W
                 # multiplies: ties go to even.
-                values[k] = (b + below_half + ((b >> drop) & np.int64(1))) >> drop
+                values[k] = ((b + below_half + ((b >> drop) & np.int64(1))) >> drop) & mask
         else:
             for k in range(values.shape[0]):
-                values[k] += np.int64(error[k])
+                values[k] = (values[k] + np.int64(error[k])) & mask
         pack_words(values, num_bytes, words[j])
 
 

@@ -131,7 +131,8 @@ def encrypt_block(
     a_key: 32 uniform bytes, public, fresh for every attempt at a map.
     r_TJ: (T, J) uint32 (ring32) or uint8 (ring8), one row per slot, T a power of two <= N.
     upload_bytes: as ``noise.choose_upload_bytes`` says.
-    Returns uint8 (J, N, upload_bytes): b_j little-endian, low bits rounded away if they do not fit.
+    Returns uint8 (J, N, upload_bytes): b_j mod q little-endian, low bits rounded away if they do
+    not fit.
     Rounding a ciphertext is post-processing: it cannot weaken it.
 
     Raises:
@@ -144,6 +145,8 @@ def encrypt_block(
     dropped_bits = params.dropped_upload_bits(upload_bytes)
     if r_TJ.dtype != params.message_dtype:
         raise TypeError(f"{params.name} encrypts {params.message_dtype} pads, got {r_TJ.dtype}.")
+    if count < 1 or first_coord < 0:
+        raise ValueError(f"A block has at least one coordinate, got {first_coord} + {count}.")
     if len(a_key) != KEY_BYTES:
         raise ValueError(f"a_key has {KEY_BYTES} bytes, not {len(a_key)}.")
     secret.spend(a_key, map_index, first_coord, count)
@@ -168,6 +171,7 @@ def encrypt_block(
                 parts,
                 error,
                 message,
+                params.log2_q,
                 params.log2_q - params.log2_p,
                 dropped_bits,
                 upload_bytes,

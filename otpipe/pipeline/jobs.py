@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 HEADER_FIELDS = 8
+HEADER_BYTES = 8 * HEADER_FIELDS
 
 
 class Op(IntEnum):

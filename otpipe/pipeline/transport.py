@@ -6,12 +6,15 @@ sleeps in the kernel instead of spinning on its GPU). Payloads travel
 * ``nccl``: device to device with NCCL send/recv, the CUDA tensor as it is;
 * ``gloo``: through host memory, pinned when the device is a GPU.
 
-The two differ in nothing but where the payload tensor lives when it is handed to ``dist.send``.
+A gloo message whose receive has not been posted yet costs a rendezvous of two more hops. So a
+receive is always posted before its message is sent, and a payload of up to 1 MiB shares one message
+with its header (gloo delivers a message that is shorter than the posted buffer).
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Literal
 
@@ -20,13 +23,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from otpipe.errors import RankDied, UsageError
-from otpipe.pipeline.jobs import EMPTY, HEADER_FIELDS, JobHeader
+from otpipe.pipeline.jobs import EMPTY, HEADER_BYTES, JobHeader, Op
 
 TransportKind = Literal["gloo", "nccl"]
 
 # A rank may wait for its next job for as long as no client comes. Dead peers are noticed by
 # pipeline/liveness.py within seconds, not by this timeout.
 IDLE_TIMEOUT = timedelta(days=365)
+
+_TAG = 0
+_INLINE_BYTES = 1 << 20
+_INBOX_BYTES = HEADER_BYTES + _INLINE_BYTES
+
+Answer = tuple[JobHeader, Tensor]
 
 
 def choose_transport(device: torch.device, wanted: str = "auto") -> TransportKind:
@@ -67,6 +76,10 @@ class Transport:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         backend = "cpu:gloo,cuda:nccl" if kind == "nccl" else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=IDLE_TIMEOUT)
+        group = dist.group.WORLD
+        assert group is not None, "init_process_group made the group"
+        self._group = group
+        self._inboxes = {peer: self._host_buffer(_INBOX_BYTES) for peer in range(world_size)}
         if kind == "nccl":
             # Creates the communicator now, so that a broken fabric shows before "ready".
             probe = torch.ones(1, device=device)
@@ -84,50 +97,99 @@ class Transport:
         """The rendezvous store, for start-up facts that are strings."""
         return dist.distributed_c10d._get_default_store()
 
-    def send(self, peer: int, header: JobHeader, payload: Tensor = EMPTY) -> None:
-        """Send one job or answer to ``peer``. ``payload`` is uint8 (bytes,), on any device.
+    def call(
+        self, peer: int, header: JobHeader, payload: Tensor = EMPTY
+    ) -> tuple[JobHeader, Tensor]:
+        """Have ``peer`` do one job and return its answer.
+
+        Args:
+            payload: uint8 (bytes,), on any device.
+
+        Returns:
+            The answer's header and payload, uint8 (bytes,), which the caller owns.
 
         Raises:
             RankDied: the peer is gone.
         """
         try:
-            dist.send(header.to_tensor(payload.numel()), peer)
-            if payload.numel():
-                dist.send(self._outgoing(payload), peer)
+            posted = self._post(peer)
+            self._send(peer, header, payload)
+            answer, result = self._finish(peer, posted)
+            return answer, result.clone() if self._is_inbox(peer, result) else result
         except RuntimeError as error:
-            raise RankDied(f"rank {peer} took no job: {error}") from error
+            raise RankDied(f"rank {peer} gave no answer: {error}") from error
 
-    def receive(self, peer: int) -> tuple[JobHeader, Tensor]:
-        """Wait for a job or answer of ``peer``; the payload is uint8 (bytes,).
+    def serve(self, peer: int, handle: Callable[[JobHeader, Tensor], Answer]) -> None:
+        """Do the jobs of ``peer`` one after the other until it sends STOP.
 
         Raises:
             RankDied: the peer is gone.
         """
-        row = torch.empty(HEADER_FIELDS, dtype=torch.int64)
         try:
-            dist.recv(row, peer)
-            header = JobHeader.from_tensor(row)
-            if not header.payload_bytes:
-                return header, EMPTY
-            payload = self._buffer(header.payload_bytes)
-            dist.recv(payload, peer)
+            posted = self._post(peer)
+            while True:
+                job, payload = self._finish(peer, posted)
+                if job.op == Op.STOP:
+                    return
+                answer, result = handle(job, payload)
+                posted = self._post(peer)
+                self._send(peer, answer, result)
         except RuntimeError as error:
-            raise RankDied(f"rank {peer} sent no answer: {error}") from error
+            raise RankDied(f"rank {peer} sent no job: {error}") from error
+
+    # -- messages --------------------------------------------------------------------------------
+
+    def _post(self, peer: int) -> dist.Work:
+        """Post the receive of the next message of ``peer``."""
+        return self._group.recv([self._inboxes[peer]], peer, _TAG)
+
+    def _finish(self, peer: int, posted: dist.Work) -> tuple[JobHeader, Tensor]:
+        """Wait for a posted receive, and for the payload if that comes apart."""
+        posted.wait()
+        inbox = self._inboxes[peer]
+        header = JobHeader.from_tensor(inbox[:HEADER_BYTES].view(torch.int64))
+        num_bytes = header.payload_bytes
+        if num_bytes == 0:
+            return header, EMPTY
+        if self._is_inline(num_bytes):
+            return header, inbox[HEADER_BYTES : HEADER_BYTES + num_bytes]
+        if self.kind == "nccl":
+            payload = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+        else:
+            payload = self._host_buffer(num_bytes)
+        self._group.recv([payload], peer, _TAG).wait()
         return header, payload
+
+    def _send(self, peer: int, header: JobHeader, payload: Tensor) -> None:
+        num_bytes = payload.numel()
+        message = [header.to_tensor(num_bytes).view(torch.uint8)]
+        if num_bytes and self._is_inline(num_bytes):
+            message.append(payload.cpu())
+        self._group.send([torch.cat(message)], peer, _TAG).wait()
+        if num_bytes and not self._is_inline(num_bytes):
+            self._group.send([self._outgoing(payload)], peer, _TAG).wait()
+
+    def _is_inline(self, num_bytes: int) -> bool:
+        return self.kind == "gloo" and num_bytes <= _INLINE_BYTES
+
+    def _is_inbox(self, peer: int, payload: Tensor) -> bool:
+        inbox = self._inboxes[peer]
+        return payload.numel() > 0 and (
+            payload.untyped_storage().data_ptr() == inbox.untyped_storage().data_ptr()
+        )
 
     def _outgoing(self, payload: Tensor) -> Tensor:
         if self.kind == "nccl":
             return payload.to(self.device)
         if payload.device.type == "cpu":
-            return payload
-        host = self._buffer(payload.numel())
+            return payload.contiguous()
+        host = self._host_buffer(payload.numel())
         host.copy_(payload)  # one device-to-host copy into pinned memory
         return host
 
-    def _buffer(self, num_bytes: int) -> Tensor:
-        if self.kind == "nccl":
-            return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+    def _host_buffer(self, num_bytes: int) -> Tensor:
+        pinned = self.device.type == "cuda" and self.kind == "gloo"
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned)
 
     def close(self) -> None:
         """Leave the process group."""

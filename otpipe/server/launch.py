@@ -8,11 +8,11 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import msgpack
 import torch
-from torch import Tensor
 
 from otpipe.errors import RankDied, UsageError
 from otpipe.model.bundle import ModelBundle, PublicMap, read_public_files
@@ -22,9 +22,8 @@ from otpipe.pipeline.liveness import LivenessMonitor
 from otpipe.pipeline.placement import GATEWAY_RANK, Placement
 from otpipe.pipeline.stage import Stage
 from otpipe.pipeline.transport import Transport, choose_transport
-from otpipe.pipeline.worker import run_worker
 from otpipe.server.gateway import Gateway, ListenOptions
-from otpipe.server.lanes import Lane, RankCall
+from otpipe.server.lanes import Lane
 from otpipe.server.service import Audit, Service
 
 EXIT_RANK_DIED = 70
@@ -108,7 +107,7 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
 def _start_worker(stage: Stage, transport: Transport, ask: Ask) -> None:
     def run() -> None:
         try:
-            run_worker(stage, transport)
+            transport.serve(GATEWAY_RANK, stage.handle)
             ask(0, "")
         except RankDied:
             # The liveness monitor names the dead rank; give it time to speak first.
@@ -127,7 +126,7 @@ def _start_gateway(
     liveness: LivenessMonitor,
 ) -> Callable[[], None]:
     lanes = [
-        Lane(rank, stage.handle if rank == GATEWAY_RANK else _remote_call(transport, rank))
+        Lane(rank, stage.handle if rank == GATEWAY_RANK else partial(transport.call, rank))
         for rank in range(placement.world_size)
     ]
     audit = Audit() if options.audit else None
@@ -143,14 +142,6 @@ def _start_gateway(
         liveness.close()
 
     return end
-
-
-def _remote_call(transport: Transport, rank: int) -> RankCall:
-    def call(header: JobHeader, payload: Tensor) -> tuple[JobHeader, Tensor]:
-        transport.send(rank, header, payload)
-        return transport.receive(rank)
-
-    return call
 
 
 def _assemble_bundle(checkpoint: Checkpoint, lanes: list[Lane]) -> ModelBundle:
