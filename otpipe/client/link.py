@@ -132,11 +132,13 @@ class ServerLink:
         payload: Buffer,
         answer_type: MessageType,
         answer_bytes: Callable[[Header], int],
+        meanwhile: Callable[[], None] | None = None,
     ) -> np.ndarray:
         """Send one request and wait for its answer, over as many connections as it takes.
 
         Args:
             answer_bytes: checks the answer's header and returns the payload length due.
+            meanwhile: called once, after the request has left, while the server works.
 
         Returns:
             uint8 (bytes,) payload of the answer.
@@ -150,6 +152,9 @@ class ServerLink:
             connection = self._live()
             try:
                 send_message(connection, message, payload)
+                if meanwhile is not None:
+                    meanwhile()
+                    meanwhile = None
                 answer = self.receive(answer_type, answer_bytes)
             except ConnectionLost as error:
                 self._restore(error)

@@ -9,7 +9,7 @@ Shapes: T rows, n in_features, m out_features, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -22,12 +22,9 @@ from otpipe.errors import ProtocolError
 from otpipe.model.bundle import ModelBundle
 from otpipe.model.clear_ops import ClearExecutor
 from otpipe.model.spec import LinearMap
-from otpipe.protocol.fixed_point import dequantize_outputs, quantize_activations
+from otpipe.protocol.fixed_point import mask_activations, open_outputs
 from otpipe.protocol.messages import Linear, MessageType, Result, max_linear_rows
 from otpipe.protocol.wire import Header
-
-_Masking = Callable[[int, int, np.ndarray], np.ndarray]
-"""Rows first to last of the message, given their pads."""
 
 
 class MaskedExecutor(ClearExecutor):
@@ -43,6 +40,7 @@ class MaskedExecutor(ClearExecutor):
         self._store = store
         self._link = link
         self._lease: SlotLease | None = None
+        self._ahead: tuple[int, slice, np.ndarray] | None = None
         self.slots_used = 0
 
     def embed(self, token_ids: Sequence[int]) -> Tensor:
@@ -54,58 +52,78 @@ class MaskedExecutor(ClearExecutor):
         rows = len(token_ids)
         if self._lease is not None:
             self._lease.close()
+        self._ahead = None
         self._lease = self._store.draw(rows)
         self.slots_used += rows
         tokens_T = np.asarray(token_ids)
-
-        def masked(first: int, last: int, mask_Tn: np.ndarray) -> np.ndarray:
-            out_Tn = np.negative(mask_Tn)  # 0 - r, then 1 - r at the token; mod 2^8
-            out_Tn[np.arange(last - first), tokens_T[first:last]] += 1
-            return out_Tn
-
-        row_TH = self._masked_rows(linear_map, rows, slice(0, rows), masked).view(np.int8)
+        row_TH = np.empty((rows, linear_map.out_features), np.uint8)
+        for part in self._parts(linear_map, rows):
+            masked_Tn = np.negative(self._masks(linear_map, part))  # 0 - r mod 2^8
+            masked_Tn[np.arange(len(masked_Tn)), tokens_T[part]] += 1  # 1 - r at the token
+            answer, correction_TH = self._request(linear_map, part, masked_Tn)
+            np.add(answer.reshape(correction_TH.shape), correction_TH, out=row_TH[part])
         scale_T = self._bundle.maps[linear_map.index].scale[torch.from_numpy(tokens_T)]
-        return torch.from_numpy(row_TH).to(torch.float32).mul_(scale_T[:, None])
+        return torch.from_numpy(row_TH.view(np.int8)).to(torch.float32).mul_(scale_T[:, None])
 
     def linear(self, linear_map: LinearMap, x: Tensor) -> Tensor:
         """W x + bias for the rows of the current pass, or for its last ones."""
         public = self._bundle.maps[linear_map.index]
-        quantised_Tn, unit_T = quantize_activations(x, public.max_row_l2, public.max_row_l1)
-        quantised_Tn = quantised_Tn.view(np.uint32)
-        assert self._lease is not None, "embed() begins a pass"
-        total = len(self._lease)
-
-        def masked(first: int, last: int, mask_Tn: np.ndarray) -> np.ndarray:
-            return quantised_Tn[first:last] - mask_Tn  # unsigned: wraps mod 2^32
-
         rows = len(x)
-        y_Tm = self._masked_rows(linear_map, rows, slice(total - rows, total), masked)
-        return dequantize_outputs(y_Tm.view(np.int32), unit_T, public.scale, public.bias)
-
-    def _masked_rows(
-        self, linear_map: LinearMap, rows: int, lease_rows: slice, masked: _Masking
-    ) -> np.ndarray:
-        """Send masked rows, in requests of allowed size; return the opened outputs (T, m)."""
-        lease = self._lease
-        assert lease is not None, "embed() begins a pass"
-        step = max_linear_rows(
-            linear_map.in_features, linear_map.out_features, linear_map.ring_bytes
-        )
-        dtype = np.dtype("u1") if linear_map.ring_bits == 8 else np.dtype("<u4")
-        out_Tm = np.empty((rows, linear_map.out_features), dtype=dtype)
-        for first in range(0, rows, step):
-            last = min(rows, first + step)
-            part = slice(lease_rows.start + first, lease_rows.start + last)
-            payload = masked(first, last, lease.masks(linear_map.index, part))
-            answer = self._request(linear_map, last - first, payload)
-            np.add(
-                answer.view(dtype).reshape(last - first, linear_map.out_features),
-                lease.corrections(linear_map.index, part),
-                out=out_Tm[first:last],
+        assert self._lease is not None, "embed() begins a pass"
+        skipped = len(self._lease) - rows
+        out_Tm = torch.empty((rows, linear_map.out_features))
+        for part in self._parts(linear_map, rows):
+            slots = slice(part.start + skipped, part.stop + skipped)
+            masked_Tn, unit_T = mask_activations(
+                x[part], self._masks(linear_map, slots), public.max_row_l2, public.max_row_l1
+            )
+            answer, correction_Tm = self._request(linear_map, slots, masked_Tn)
+            open_outputs(
+                answer.view(np.uint32).reshape(correction_Tm.shape),
+                correction_Tm,
+                unit_T,
+                public.scale,
+                public.bias,
+                out_Tm[part],
             )
         return out_Tm
 
-    def _request(self, linear_map: LinearMap, rows: int, payload: np.ndarray) -> np.ndarray:
+    @staticmethod
+    def _parts(linear_map: LinearMap, rows: int) -> Iterator[slice]:
+        """Rows in pieces that one request may carry."""
+        step = max_linear_rows(
+            linear_map.in_features, linear_map.out_features, linear_map.ring_bytes
+        )
+        return (slice(first, min(rows, first + step)) for first in range(0, rows, step))
+
+    def _masks(self, linear_map: LinearMap, slots: slice) -> np.ndarray:
+        """The pads r (T, n), taken ahead of time where they were."""
+        assert self._lease is not None, "embed() begins a pass"
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[:2] == (linear_map.index, slots):
+            return ahead[2]
+        return self._lease.masks(linear_map.index, slots)
+
+    def _request(
+        self, linear_map: LinearMap, slots: slice, masked_Tn: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Send masked rows; return the answer, uint8 (bytes,), and the corrections (T, m).
+
+        While the server computes, the corrections are read and the pads of the map that follows
+        are expanded.
+        """
+        lease = self._lease
+        assert lease is not None, "embed() begins a pass"
+        rows = slots.stop - slots.start
+        corrections: list[np.ndarray] = []
+
+        def meanwhile() -> None:
+            corrections.append(lease.corrections(linear_map.index, slots))
+            following = linear_map.index + 1
+            # A single row goes through all maps in order; longer passes may skip rows at the end.
+            if len(lease) == 1 and following < len(self.spec.maps):
+                self._ahead = (following, slots, lease.masks(following, slots))
+
         def due(header: Header) -> int:
             result = Result.parse(header)
             if (result.map_index, result.rows) != (linear_map.index, rows):
@@ -115,6 +133,11 @@ class MaskedExecutor(ClearExecutor):
                 )
             return rows * linear_map.out_features * linear_map.ring_bytes
 
-        return self._link.request(
-            Linear(linear_map.index, rows), payload.reshape(-1), MessageType.RESULT, due
+        answer = self._link.request(
+            Linear(linear_map.index, rows),
+            masked_Tn.reshape(-1),
+            MessageType.RESULT,
+            due,
+            meanwhile,
         )
+        return answer, corrections[0]

@@ -21,14 +21,80 @@ import torch
 from torch import Tensor
 
 from otpipe.errors import OtpipeError
+from otpipe.kernels.activations import INT8_LIMIT, MAX_OUTLIERS, mask_rows, open_rows
 
-INT8_LIMIT = 127
 RING_LIMIT = 2.0**31
-MAX_OUTLIERS = 64
-"""Largest set O that is tried."""
-
 ROUNDING_SLACK = 1.0 - 1e-6
-"""Covers the float32 norms and the float64 products below; both err by far less."""
+"""Covers the rounding of the float64 sums and products below, which is far less."""
+
+_NO_BIAS = np.empty(0, np.float32)
+_NOT_FINITE = (
+    "an activation is infinite or not a number: the checkpoint overflows float32 on this input, or "
+    "the server answered wrongly; check the server's weights"
+)
+
+
+def _headroom(max_row_l1: float) -> float:
+    """What W·x may reach before rounding x, so that W·round(x) stays inside the ring."""
+    headroom = (RING_LIMIT - 1.0 - 0.5 * max_row_l1) * ROUNDING_SLACK
+    if headroom <= 0:
+        raise OtpipeError(
+            f"a weight row with absolute sum {max_row_l1:.4g} leaves no room in a 32-bit ring; "
+            "the server's description of its weights cannot be right"
+        )
+    return headroom
+
+
+PEAK_LIMIT = RING_LIMIT / 4
+"""No rounded coordinate leaves the ring, even under weights that are all zero."""
+
+
+def mask_activations(
+    x_Tn: Tensor, mask_Tn: np.ndarray, max_row_l2: float, max_row_l1: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Round each row at its largest safe scale and subtract its pad, in one pass.
+
+    Args:
+        x_Tn: float32 (T, n) on the CPU.
+        mask_Tn: uint32 (T, n), the pads r.
+        max_row_l2, max_row_l1: largest norms of a row of the int8 weight; the second bounds what
+            rounding each coordinate by at most 1/2 adds to an output.
+
+    Returns:
+        uint32 (T, n) = x - r mod 2^32, float64 (T,) real value of one unit of each row.
+
+    Raises:
+        OtpipeError: an activation is not finite; nothing may be sent.
+    """
+    masked_Tn, unit_T = mask_rows(
+        x_Tn.contiguous().numpy(), mask_Tn, max_row_l2, _headroom(max_row_l1), PEAK_LIMIT
+    )
+    if not np.isfinite(unit_T).all():
+        raise OtpipeError(_NOT_FINITE)
+    return masked_Tn, unit_T
+
+
+def open_outputs(
+    y_Tm: np.ndarray,
+    correction_Tm: np.ndarray,
+    unit_T: np.ndarray,
+    scale_m: Tensor,
+    bias_m: Tensor | None,
+    out_Tm: Tensor,
+) -> None:
+    """Add the correction to the server's answer and return to real numbers, in one pass.
+
+    Args:
+        y_Tm: uint32 (T, m), W (x - r). correction_Tm: uint32 (T, m), W r.
+        unit_T: float64 (T,) from :func:`mask_activations`.
+        scale_m: float32 (m,) scales of the int8 weight rows. bias_m: float32 (m,) or None.
+        out_Tm: float32 (T, m), overwritten.
+    """
+    bias = _NO_BIAS if bias_m is None else bias_m.numpy()
+    open_rows(y_Tm, correction_Tm, unit_T, scale_m.numpy(), bias, out_Tm.numpy())
+
+
+# -- the same in plain torch: the specification, and the twin that the kernels are tested against --
 
 
 def output_bound(x_Tn: Tensor, max_row_l2: float) -> Tensor:
@@ -59,35 +125,14 @@ def output_bound(x_Tn: Tensor, max_row_l2: float) -> Tensor:
 def quantize_activations(
     x_Tn: Tensor, max_row_l2: float, max_row_l1: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Round each row at the largest scale that cannot overflow the 2^32 ring.
-
-    Args:
-        x_Tn: float32 (T, n), finite.
-        max_row_l2, max_row_l1: largest norms of a row of the int8 weight; the second bounds what
-            rounding each coordinate by at most 1/2 adds to an output.
-
-    Returns:
-        int32 (T, n) rounded rows, float64 (T,) real value of one unit of each row.
-
-    Raises:
-        OtpipeError: an activation is not finite.
-    """
+    """:func:`mask_activations` without the pad: int32 (T, n) rounded rows, float64 (T,) units."""
     bound_T = output_bound(x_Tn, max_row_l2)
     if not bool(torch.isfinite(bound_T).all()):
-        raise OtpipeError(
-            "an activation is infinite or not a number: the checkpoint overflows float32 on this "
-            "input, or the server answered wrongly; check the server's weights"
-        )
-    headroom = (RING_LIMIT - 1.0 - 0.5 * max_row_l1) * ROUNDING_SLACK
-    if headroom <= 0:
-        raise OtpipeError(
-            f"a weight row with absolute sum {max_row_l1:.4g} leaves no room in a 32-bit ring"
-        )
+        raise OtpipeError(_NOT_FINITE)
     # A zero row, or zero weights, may use any scale; 1 keeps it finite.
-    scale_T = torch.where(bound_T > 0, headroom / bound_T.clamp_min(1e-300), 1.0)
-    # Never let a coordinate itself leave the ring, even under weights that are all zero.
+    scale_T = torch.where(bound_T > 0, _headroom(max_row_l1) / bound_T.clamp_min(1e-300), 1.0)
     peak_T = x_Tn.abs().amax(dim=1).double()
-    scale_T = torch.minimum(scale_T, (RING_LIMIT / 4) / peak_T.clamp_min(1e-300))
+    scale_T = torch.minimum(scale_T, PEAK_LIMIT / peak_T.clamp_min(1e-300))
     rounded_Tn = (x_Tn.double() * scale_T[:, None]).round_().to(torch.int32)
     return rounded_Tn.numpy(), (1.0 / scale_T).numpy()
 
@@ -95,17 +140,7 @@ def quantize_activations(
 def dequantize_outputs(
     y_Tm: np.ndarray, unit_T: np.ndarray, scale_m: Tensor, bias_m: Tensor | None
 ) -> Tensor:
-    """Real outputs from opened ring elements.
-
-    Args:
-        y_Tm: int32 (T, m), W·x for the rounded x.
-        unit_T: float64 (T,) from :func:`quantize_activations`.
-        scale_m: float32 (m,) scales of the int8 weight rows.
-        bias_m: float32 (m,) or None.
-
-    Returns:
-        float32 (T, m).
-    """
+    """:func:`open_outputs` of answers that are opened already, int32 (T, m): float32 (T, m)."""
     out_Tm = torch.from_numpy(y_Tm).to(torch.float32)
     out_Tm.mul_(scale_m)
     out_Tm.mul_(torch.from_numpy(unit_T).to(torch.float32)[:, None])

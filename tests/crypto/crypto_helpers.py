@@ -53,15 +53,17 @@ def residual(
 
 
 def phase_noise(
-    secret: BatchSecret, answer: Tensor, want_mT: NDArray[np.unsignedinteger]
+    secret: BatchSecret,
+    answer: Tensor,
+    want: NDArray[np.unsignedinteger],
 ) -> Tensor:
-    """Noise of every answer coefficient in answer units, from the known result. (G, N) int64."""
+    """Noise of every answer coefficient in answer units, given W r (m, T). (G, N) int64."""
     params = secret.params
     parts = unpack_uints(answer)
     degree = params.ring_degree
     phase = parts[:, 1] - times_secret(secret, parts[:, 0].contiguous())
     message = np.zeros((answer.shape[0] * degree,), np.int64)
-    message[: want_mT.size] = want_mT.reshape(-1)
+    message[: want.size] = want.reshape(-1)
     wanted = torch.from_numpy(message).view(-1, degree) << (params.answer_bits - params.log2_p)
     return signed(phase - wanted, params.answer_bits)
 
@@ -72,7 +74,9 @@ def signed(x: Tensor, bits: int) -> Tensor:
 
 def random_pads(params: RlweParams, num_slots: int, count: int) -> NDArray[np.unsignedinteger]:
     size = num_slots * count * params.message_dtype.itemsize
-    return np.frombuffer(os.urandom(size), params.message_dtype).reshape(num_slots, count)
+    return np.frombuffer(bytearray(os.urandom(size)), params.message_dtype).reshape(
+        num_slots, count
+    )
 
 
 @dataclass
@@ -82,8 +86,8 @@ class Exchange:
     secret: BatchSecret
     upload_bytes: int
     answer: Tensor  # (G, 2, N, answer_bytes)
-    got_mT: NDArray[np.unsignedinteger]
-    want_mT: NDArray[np.unsignedinteger]
+    got: NDArray[np.unsignedinteger]  # (m, T)
+    want: NDArray[np.unsignedinteger]  # (m, T)
 
 
 def exchange(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from otpipe.errors import OtpipeError
-from otpipe.protocol.fixed_point import dequantize_outputs, output_bound, quantize_activations
+from otpipe.protocol.fixed_point import (
+    dequantize_outputs,
+    mask_activations,
+    open_outputs,
+    output_bound,
+    quantize_activations,
+)
 
 
 def _norms(weight: torch.Tensor) -> tuple[float, float]:
@@ -81,3 +89,47 @@ def test_zero_activations_and_zero_weights() -> None:
     assert not rounded.any() and np.isfinite(unit).all()
     rounded, unit = quantize_activations(torch.full((1, 3), 1e30), 0.0, 0.0)
     assert np.isfinite(unit).all() and np.abs(rounded.astype(np.int64)).max() < 2**31
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 300), st.integers(1, 4), st.integers(0, 70))
+def test_fused_kernels_agree_with_plain_torch(
+    seed: int, n: int, rows: int, num_outliers: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randint(-127, 128, (7, n), generator=generator).to(torch.int8)
+    x = torch.randn(rows, n, generator=generator)
+    x[:, :num_outliers] *= 1e3
+    x[0] *= 0 if seed % 5 == 0 else 1
+    mask = np.frombuffer(os.urandom(4 * rows * n), np.uint32).reshape(rows, n)
+    l2, l1 = _norms(weight)
+    masked, unit = mask_activations(x, mask, l2, l1)
+    opened_x = (masked + mask).view(np.int32)
+    twin, twin_unit = quantize_activations(x, l2, l1)
+    # The kernel tries fewer outlier sets, so that its scale may be a little smaller.
+    assert ((unit >= twin_unit * (1 - 1e-9)) & (unit <= twin_unit * 1.02)).all()
+    same = unit <= twin_unit * (1 + 1e-12)
+    # Sums in another order may move a value across a rounding boundary, never further.
+    assert not same.any() or np.abs(opened_x.astype(np.int64) - twin)[same].max() <= 1
+    exact_x = x.double().numpy() / unit[:, None]
+    assert np.abs(opened_x - exact_x).max() <= 0.5 + 1e-6
+
+    exact = opened_x.astype(object) @ weight.numpy().T.astype(object)
+    assert np.abs(exact).max() < 2**31
+    y = exact.astype(np.int64).astype(np.int32)
+    correction = np.frombuffer(os.urandom(4 * y.size), np.uint32).reshape(y.shape)
+    scale, bias = torch.rand(7), torch.randn(7)
+    for with_bias in (bias, None):
+        out = torch.full((rows, 7), float("nan"))
+        open_outputs(y.view(np.uint32) - correction, correction, unit, scale, with_bias, out)
+        torch.testing.assert_close(
+            out, dequantize_outputs(y, unit, scale, with_bias), rtol=1e-6, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_fused_kernel_refuses_non_finite(value: float) -> None:
+    x = torch.zeros(2, 4)
+    x[1, 2] = value
+    with pytest.raises(OtpipeError, match="infinite or not a number"):
+        mask_activations(x, np.zeros((2, 4), np.uint32), 100.0, 200.0)

@@ -1,0 +1,162 @@
+"""The client's two passes around a masked linear map, each fused into one loop over memory.
+
+``mask_rows`` chooses a row's scale, rounds it and subtracts the pad; ``open_rows`` adds the
+correction and returns to float32. The choice of scale and its bound are derived in
+``otpipe.protocol.fixed_point``, whose plain-torch functions are the twins these are tested against.
+
+Shape suffixes: T rows, n inputs, m outputs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from otpipe.kernels.cpu import Array, kernel, parallel_for
+
+INT8_LIMIT = 127.0
+MAX_OUTLIERS = 64
+"""Largest set of coordinates bounded by their absolute sum."""
+
+_CANDIDATE_SHARE = 0.25
+_PARALLEL_ELEMENTS = 1 << 17
+
+
+@kernel
+def _row_bound(x: Array, max_row_l2: float) -> tuple[float, float]:
+    """Bound on |W_i x| over all rows i, and the largest |x_j|; NaN or infinity if x has one."""
+    energy, peak = 0.0, np.float32(0.0)
+    for j in range(x.shape[0]):
+        value = np.float64(x[j])
+        energy += value * value
+        peak = max(peak, abs(x[j]))
+    norm = np.sqrt(energy)
+    bound = max_row_l2 * norm
+    if not peak * max_row_l2 > INT8_LIMIT * norm or not np.isfinite(energy):
+        return bound, np.float64(peak)
+    # Any set of coordinates gives a valid bound; those far below the threshold cannot improve it.
+    threshold = np.float32(_CANDIDATE_SHARE * INT8_LIMIT * norm / max_row_l2)
+    largest = np.empty(MAX_OUTLIERS, np.float64)
+    count = 0
+    for j in range(x.shape[0]):
+        value = np.float64(abs(x[j]))
+        if value > threshold:
+            at = count
+            if count == MAX_OUTLIERS:
+                if value <= largest[count - 1]:
+                    continue
+                at = count - 1
+            else:
+                count += 1
+            while at > 0 and largest[at - 1] < value:
+                largest[at] = largest[at - 1]
+                at -= 1
+            largest[at] = value
+    outliers, rest = 0.0, energy
+    for i in range(count):
+        outliers += largest[i]
+        rest -= largest[i] * largest[i]
+        # The subtraction cancels; what it may have lost is put back, so that this stays a bound.
+        kept = max(rest, 0.0) + 1e-12 * energy
+        bound = min(bound, INT8_LIMIT * outliers + max_row_l2 * np.sqrt(kept))
+    return bound, np.float64(peak)
+
+
+@kernel
+def _mask_rows(
+    x_Tn: Array,
+    mask_Tn: Array,
+    max_row_l2: float,
+    headroom: float,
+    peak_limit: float,
+    out_Tn: Array,
+    unit_T: Array,
+    lo: int,
+    hi: int,
+) -> None:
+    for t in range(lo, hi):
+        x, mask, out = x_Tn[t], mask_Tn[t], out_Tn[t]
+        bound, peak = _row_bound(x, max_row_l2)
+        if not np.isfinite(bound):
+            unit_T[t] = np.nan
+            continue
+        scale = headroom / bound if bound > 0 else 1.0
+        if peak > 0:
+            scale = min(scale, peak_limit / peak)
+        unit_T[t] = 1.0 / scale
+        for j in range(x.shape[0]):
+            rounded = np.int32(np.rint(np.float64(x[j]) * scale))
+            out[j] = np.uint32(rounded) - mask[j]
+
+
+def mask_rows(
+    x_Tn: np.ndarray, mask_Tn: np.ndarray, max_row_l2: float, headroom: float, peak_limit: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Round each row at the largest scale that keeps |W_i x| below ``headroom``, less its pad.
+
+    Args:
+        x_Tn: float32 (T, n).
+        mask_Tn: uint32 (T, n), the pads r.
+        max_row_l2: largest Euclidean norm of a row of W, int8 units.
+        headroom: what an output may reach. peak_limit: what a rounded input may reach.
+
+    Returns:
+        uint32 (T, n) = round(scale x) - r mod 2^32; float64 (T,) 1 / scale, NaN for a row with a
+        NaN or an infinity, whose output is then meaningless.
+    """
+    out_Tn = np.empty_like(mask_Tn)
+    unit_T = np.empty(x_Tn.shape[0], np.float64)
+    parallel_for(
+        lambda lo, hi: _mask_rows(
+            x_Tn, mask_Tn, max_row_l2, headroom, peak_limit, out_Tn, unit_T, lo, hi
+        ),
+        x_Tn.shape[0],
+        grain=1 + _PARALLEL_ELEMENTS // max(1, x_Tn.shape[1]),
+    )
+    return out_Tn, unit_T
+
+
+@kernel
+def _open_rows(
+    y_Tm: Array,
+    correction_Tm: Array,
+    unit_T: Array,
+    scale_m: Array,
+    bias_m: Array,
+    out_Tm: Array,
+    lo: int,
+    hi: int,
+) -> None:
+    has_bias = bias_m.shape[0] > 0
+    for t in range(lo, hi):
+        y, correction, out = y_Tm[t], correction_Tm[t], out_Tm[t]
+        unit = np.float32(unit_T[t])
+        if has_bias:
+            for i in range(y.shape[0]):
+                opened = np.float32(np.int32(y[i] + correction[i]))
+                out[i] = opened * scale_m[i] * unit + bias_m[i]
+        else:
+            for i in range(y.shape[0]):
+                opened = np.float32(np.int32(y[i] + correction[i]))
+                out[i] = opened * scale_m[i] * unit
+
+
+def open_rows(
+    y_Tm: np.ndarray,
+    correction_Tm: np.ndarray,
+    unit_T: np.ndarray,
+    scale_m: np.ndarray,
+    bias_m: np.ndarray,
+    out_Tm: np.ndarray,
+) -> None:
+    """out = (y + correction mod 2^32, signed) * scale * unit + bias.
+
+    Args:
+        y_Tm, correction_Tm: uint32 (T, m). unit_T: float64 (T,) from :func:`mask_rows`.
+        scale_m: float32 (m,). bias_m: float32 (m,) or (0,) for none.
+        out_Tm: float32 (T, m), overwritten.
+    """
+    parallel_for(
+        lambda lo, hi: _open_rows(y_Tm, correction_Tm, unit_T, scale_m, bias_m, out_Tm, lo, hi),
+        y_Tm.shape[0],
+        grain=1 + _PARALLEL_ELEMENTS // max(1, y_Tm.shape[1]),
+    )
