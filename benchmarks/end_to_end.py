@@ -1,6 +1,7 @@
 """Decode, prefill and preprocessing of a published shape, beside transformers in the same run.
 
-    python benchmarks/end_to_end.py --shape 0.5b --ranks 2
+    python benchmarks/end_to_end.py --shape 0.5b --configs 2:gloo
+    python benchmarks/end_to_end.py --shape 14b --device cuda --configs 1:nccl,2:gloo
 
 Random weights of the real shape, the real protocol with pads from the store, client and server on
 this machine over loopback TCP. The baseline is transformers' plaintext ``generate`` on the same
@@ -13,7 +14,7 @@ import gc
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,12 @@ from shapes import SHAPES, qwen_config, write_checkpoint
 from transformers import AutoModelForCausalLM
 
 from otpipe import Client
+from otpipe.client.client import GenerationStats
+from otpipe.model.program import forward
+from otpipe.model.reference import PlaintextExecutor
 
 DECODE_PROMPT_TOKENS = 8
+CHECK_TOKENS = 8
 
 
 def prompt_of(length: int, vocabulary: int) -> list[int]:
@@ -73,58 +78,59 @@ def baseline(
     return result
 
 
+def prepare(client: Client, slots: int) -> dict[str, float]:
+    """Prepare the pads of all that is measured."""
+    report = client.prepare(slots)
+    return {
+        "slots": report.slots,
+        "seconds": report.seconds,
+        "slots_per_s": report.slots / report.seconds,
+        "bytes_up_a_slot": report.bytes_sent / report.slots,
+        "bytes_down_a_slot": report.bytes_received / report.slots,
+    }
+
+
+def slots_needed(prefill: Sequence[int], tokens: int, repeats: int, prefill_repeats: int) -> int:
+    """Slots that :func:`ours` spends, and the comparison with plaintext."""
+    decode = (repeats + 1) * (DECODE_PROMPT_TOKENS + tokens)
+    return decode + (prefill_repeats + 1) * sum(prefill) + CHECK_TOKENS
+
+
 def ours(
-    address: str,
-    store: Path,
-    slots: int,
-    prefill: Sequence[int],
-    tokens: int,
-    repeats: int,
+    client: Client, prefill: Sequence[int], tokens: int, repeats: int, prefill_repeats: int
 ) -> dict[str, Any]:
-    """The same generations through otpipe."""
-    with Client(address, store) as client:
-        vocabulary = client.bundle.spec.vocab_size
-        report = client.prepare(slots)
+    """The same generations through otpipe, with pads prepared before."""
+    vocabulary = client.bundle.spec.vocab_size
 
-        def generate(prompt: int, new: int) -> Any:
-            for _ in client.generate_ids(prompt_of(prompt, vocabulary), new):
-                pass
-            assert client.last is not None
-            if client.last.stats.prepare_s:
-                raise SystemExit("slots ran out inside a measurement; raise --slots")
-            return client.last.stats
+    def generate(prompt: int, new: int) -> GenerationStats:
+        for _ in client.generate_ids(prompt_of(prompt, vocabulary), new):
+            pass
+        assert client.last is not None
+        if client.last.stats.prepare_s:
+            raise SystemExit("slots ran out inside a measurement; this is a bug of the benchmark")
+        return client.last.stats
 
-        generate(DECODE_PROMPT_TOKENS, 4)  # warm-up
-        runs = [generate(DECODE_PROMPT_TOKENS, tokens) for _ in range(repeats)]
-        prefill_s = {}
-        for n in prefill:
-            generate(n, 1)  # warm-up of this shape
-            prefill_s[n] = harness.quartiles([generate(n, 1).prefill_s for _ in range(repeats)])
-        passes = DECODE_PROMPT_TOKENS + tokens - 1
-        return {
-            "preparation": {
-                "slots": report.slots,
-                "seconds": report.seconds,
-                "slots_per_s": report.slots / report.seconds,
-                "bytes_up_a_slot": report.bytes_sent / report.slots,
-                "bytes_down_a_slot": report.bytes_received / report.slots,
-            },
-            "decode_tokens_per_s": harness.quartiles([run.tokens_per_s for run in runs]),
-            "prefill_s": prefill_s,
-            "round_trips_a_token": runs[0].round_trips / tokens,
-            "bytes_up_a_token": runs[0].bytes_sent / passes,
-            "bytes_down_a_token": runs[0].bytes_received / tokens,
-        }
+    generate(DECODE_PROMPT_TOKENS, 4)  # warm-up
+    runs = [generate(DECODE_PROMPT_TOKENS, tokens) for _ in range(repeats)]
+    prefill_s = {}
+    for n in prefill:
+        generate(n, 1)  # warm-up of this shape
+        samples = [generate(n, 1).prefill_s for _ in range(prefill_repeats)]
+        prefill_s[n] = harness.quartiles(samples)
+    return {
+        "decode_tokens_per_s": harness.quartiles([run.tokens_per_s for run in runs]),
+        "prefill_s": prefill_s,
+        "round_trips_a_token": runs[0].round_trips / tokens,
+        "bytes_up_a_token": runs[0].bytes_sent / (DECODE_PROMPT_TOKENS + tokens - 1),
+        # The prompt's rows bring everything back but logits, which only its last row asks for.
+        "bytes_down_a_token": runs[0].bytes_received / (DECODE_PROMPT_TOKENS + tokens - 1),
+    }
 
 
-def error_against_plaintext(address: str, store: Path, model_dir: Path) -> float:
+def error_against_plaintext(client: Client, model_dir: Path) -> float:
     """Relative error of the logits of eight positions against the plaintext reference, float32."""
-    from otpipe.model.program import forward
-    from otpipe.model.reference import PlaintextExecutor
-
-    with Client(address, store) as client:
-        tokens = prompt_of(8, client.bundle.spec.vocab_size)
-        private = client.forward(tokens)
+    tokens = prompt_of(CHECK_TOKENS, client.bundle.spec.vocab_size)
+    private = client.forward(tokens)
     reference = PlaintextExecutor.from_checkpoint(model_dir, quantised=True)
     plain = forward(reference, tokens, reference.new_cache(), "all")
     assert plain is not None
@@ -150,67 +156,84 @@ def limits(shape: str, num_layers: int | None, device: str, round_trips: float) 
 @click.command(context_settings={"show_default": True})
 @click.option("--shape", type=click.Choice(sorted(SHAPES)), default="0.5b")
 @click.option("--layers", type=int, help="Shorten the model to so many layers.")
-@click.option("--ranks", type=int, default=2)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu")
-@click.option("--transport", default="auto")
-@click.option("--slots", type=int, default=2048)
+@click.option("--configs", default="2:gloo", help="RANKS:TRANSPORT[,...], measured in turn.")
 @click.option("--tokens", type=int, default=24, help="Tokens of one decode run.")
 @click.option("--repeats", type=int, default=5)
 @click.option("--prefill", default="56,128,512", help="Prompt lengths.")
+@click.option("--prefill-repeats", type=int, default=3)
 @click.option("--dtypes", default="bfloat16,float32", help="Of the baseline; empty: none.")
 @click.option("--check/--no-check", default=True, help="Compare logits with plaintext.")
-@click.option("--work", type=click.Path(path_type=Path), help="Where checkpoint and pads go.")
+@click.option("--checkpoints", type=click.Path(path_type=Path), help="Where checkpoints go.")
+@click.option("--store", type=click.Path(path_type=Path), help="Where pads go.")
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file of the result.")
 def main(
     shape: str,
     layers: int | None,
-    ranks: int,
     device: str,
-    transport: str,
-    slots: int,
+    configs: str,
     tokens: int,
     repeats: int,
     prefill: str,
+    prefill_repeats: int,
     dtypes: str,
     check: bool,
-    work: Path | None,
+    checkpoints: Path | None,
+    store: Path | None,
     out: Path | None,
 ) -> None:
     """Measure one shape on one machine."""
     lengths = [int(n) for n in prefill.split(",") if n]
+    wanted = [(int(c.split(":")[0]), c.split(":")[1]) for c in configs.split(",")]
     with tempfile.TemporaryDirectory() as temporary:
-        work = work or Path(temporary)
-        model_dir = write_checkpoint(shape, work / f"checkpoint-{shape}-{layers}", device, layers)
+        model_dir = write_checkpoint(
+            shape, (checkpoints or Path(temporary)) / f"{shape}-{layers}", device, layers
+        )
+        pads = store or Path(temporary) / "store"
         result: dict[str, Any] = {
             "machine": harness.machine(),
             "shape": shape,
             "layers": layers,
-            "ranks": ranks,
             "device": device,
-            "transport": transport,
             "repeats": repeats,
+            "prefill_repeats": prefill_repeats,
             "baseline": {},
+            "otpipe": {},
         }
+
+        def save() -> None:
+            if out is not None:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.write_text(json.dumps(result, indent=1) + "\n")
+
         for dtype in filter(None, dtypes.split(",")):
             result["baseline"][dtype] = baseline(model_dir, device, dtype, lengths, tokens, repeats)
             click.echo(f"baseline {dtype}: {json.dumps(result['baseline'][dtype])}", err=True)
-        started_s = time.perf_counter()
-        with (
-            tempfile.TemporaryDirectory(dir=work) as store,
-            harness.server(model_dir, ranks, device, f"--transport={transport}") as (address, log),
-        ):
-            result["load_s"] = time.perf_counter() - started_s
-            result["ranks_hold"] = [line.strip() for line in log if " holds " in line]
-            result["otpipe"] = ours(address, Path(store), slots, lengths, tokens, repeats)
-            if check:
-                result["logits_relative_error"] = error_against_plaintext(
-                    address, Path(store), model_dir
-                )
-        round_trips = result["otpipe"]["round_trips_a_token"]
-        result["limits"] = limits(shape, layers, device, round_trips)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        slots = len(wanted) * slots_needed(lengths, tokens, repeats, prefill_repeats)
+        for ranks, transport in wanted:
+            started_s = time.perf_counter()
+            with (
+                harness.server(model_dir, ranks, device, f"--transport={transport}") as (
+                    address,
+                    log,
+                ),
+                Client(address, pads) as client,
+            ):
+                load_s = time.perf_counter() - started_s
+                if "preparation" not in result:  # the pads fit every server of these weights
+                    result["preparation"] = prepare(client, slots)
+                    click.echo(json.dumps(result["preparation"]), err=True)
+                    save()
+                measured = ours(client, lengths, tokens, repeats, prefill_repeats)
+                measured["load_s"] = load_s
+                measured["ranks_hold"] = [line.strip() for line in log if " holds " in line]
+                if check:
+                    measured["logits_relative_error"] = error_against_plaintext(client, model_dir)
+            result["otpipe"][f"{ranks} rank(s), {transport}"] = measured
+            click.echo(json.dumps(measured), err=True)
+            save()
+        result["limits"] = limits(shape, layers, device, measured["round_trips_a_token"])
+        save()
     click.echo(table(result))
 
 
@@ -220,47 +243,51 @@ def table(result: dict[str, Any]) -> str:
     def cell(q: dict[str, float], unit: float = 1.0) -> str:
         return f"{q['median'] * unit:.3g} [{q['q1'] * unit:.3g}, {q['q3'] * unit:.3g}]"
 
-    mine, base, limit = result["otpipe"], result["baseline"], result["limits"]
-    names = ["otpipe", *(f"transformers {dtype}" for dtype in base)]
-    columns = [mine, *base.values()]
-    preparation = mine["preparation"]
+    ours_by_config, base, limit = result["otpipe"], result["baseline"], result["limits"]
+    names = [f"otpipe, {name}" for name in ours_by_config]
+    names += [f"transformers {dtype}" for dtype in base]
+    columns = [*ours_by_config.values(), *base.values()]
+
+    def mine(figure: Callable[[dict[str, Any]], str]) -> list[str]:
+        return [*(figure(c) for c in ours_by_config.values()), *[""] * len(base)]
+
+    preparation = result["preparation"]
     rows = [
         ["figure", *names],
         ["---"] * (len(names) + 1),
         ["decode, tokens/s", *(cell(c["decode_tokens_per_s"]) for c in columns)],
-        *(
-            [f"prefill {n} tokens, ms", *(cell(c["prefill_s"][n], 1e3) for c in columns)]
-            for n in mine["prefill_s"]
-        ),
-        [
-            "preparation, slots/s",
-            f"{preparation['slots_per_s']:.1f} ({preparation['slots']} slots, "
-            f"{preparation['bytes_up_a_slot'] / 1e6:.2f} MB up and "
-            f"{preparation['bytes_down_a_slot'] / 1e6:.2f} MB down a slot)",
-            *[""] * len(base),
-        ],
-        ["round trips a token", f"{mine['round_trips_a_token']:.0f}", *[""] * len(base)],
+    ]
+    for n in next(iter(ours_by_config.values()))["prefill_s"]:
+        rows.append([f"prefill {n} tokens, ms", *(cell(c["prefill_s"][n], 1e3) for c in columns)])
+    rows += [
+        ["round trips a token", *mine(lambda c: f"{c['round_trips_a_token']:.0f}")],
         [
             "MB up / down a token",
-            f"{mine['bytes_up_a_token'] / 1e6:.2f} / {mine['bytes_down_a_token'] / 1e6:.2f}",
-            *[""] * len(base),
+            *mine(
+                lambda c: f"{c['bytes_up_a_token'] / 1e6:.2f} / {c['bytes_down_a_token'] / 1e6:.2f}"
+            ),
         ],
-        [
-            "limit of a decode step",
-            f"{limit['weights_s'] * 1e3:.1f} ms to read {limit['weight_bytes'] / 1e9:.2f} GB, "
-            f"{limit['round_trips_s_at_40_us'] * 1e3:.1f} ms of round trips at 40 us",
-            *[""] * len(base),
-        ],
+        ["start and load, s", *mine(lambda c: f"{c['load_s']:.1f}")],
     ]
-    if "logits_relative_error" in result:
-        error = f"{result['logits_relative_error']:.2e}"
-        rows.append(["relative error of logits", error, *[""] * len(base)])
+    if all("logits_relative_error" in c for c in ours_by_config.values()):
+        rows.append(
+            ["relative error of logits", *mine(lambda c: f"{c['logits_relative_error']:.1e}")]
+        )
     facts = ", ".join(f"{k}: {v}" for k, v in result["machine"].items())
-    head = (
-        f"Shape {result['shape']}, {result['ranks']} rank(s) on {result['device']}, "
-        f"{result['repeats']} repeats. {facts}\n" + "\n".join(result["ranks_hold"])
-    )
-    return head + "\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    holds = "\n".join(line for c in ours_by_config.values() for line in c["ranks_hold"])
+    return f"""Shape {result["shape"]} on {result["device"]}; {result["repeats"]} decode and
+{result["prefill_repeats"]} prefill repeats after a warm-up, medians [quartiles]. {facts}
+
+{holds}
+
+{chr(10).join("| " + " | ".join(row) + " |" for row in rows)}
+
+Preparation: {preparation["slots"]} slots in {preparation["seconds"]:.1f} s, \
+{preparation["slots_per_s"]:.1f} slots/s, {preparation["bytes_up_a_slot"] / 1e6:.2f} MB up and \
+{preparation["bytes_down_a_slot"] / 1e6:.2f} MB down a slot.
+Limit of a decode step: {limit["weights_s"] * 1e3:.1f} ms to read {limit["weight_bytes"] / 1e9:.2f} GB \
+of weights at {limit["copy_bandwidth_bytes_per_s"] / 1e9:.0f} GB/s, \
+{limit["round_trips_s_at_40_us"] * 1e3:.1f} ms for the round trips at 40 us each."""
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +34,32 @@ def main() -> None:
     )
 
 
+@dataclass(frozen=True)
+class Connection:
+    """The options of every command that talks to a server."""
+
+    server: str
+    store: Path | None
+    ca: str | None
+    fingerprint: str | None
+    retry_for_s: float
+
+    def open(self) -> Client:
+        """Connect, and lock the store."""
+        from otpipe.client.client import Client
+
+        return Client(
+            self.server,
+            self.store,
+            ca=self.ca,
+            fingerprint=self.fingerprint,
+            retry_for_s=self.retry_for_s,
+            on_prepare=_PrepareBar(),
+        )
+
+
 def connection_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of every command that talks to a server, and one way to end on an error."""
+    """Add the options of :class:`Connection`; the command gets them as ``connection``."""
 
     @click.option(
         "--server",
@@ -44,6 +69,7 @@ def connection_options(command: Callable[..., None]) -> Callable[..., None]:
     )
     @store_option
     @click.option("--ca", help="PEM file of the server's authority, or 'system'; turns TLS on.")
+    @click.option("--fingerprint", help="Accept only these weights; see `otpipe info`.")
     @click.option(
         "--retry-for",
         "retry_for_s",
@@ -52,8 +78,15 @@ def connection_options(command: Callable[..., None]) -> Callable[..., None]:
         help="Seconds to look for a lost server.",
     )
     @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        return command(*args, **kwargs)
+    def wrapped(
+        server: str,
+        store: Path | None,
+        ca: str | None,
+        fingerprint: str | None,
+        retry_for_s: float,
+        **others: Any,
+    ) -> None:
+        command(Connection(server, store, ca, fingerprint, retry_for_s), **others)
 
     return wrapped
 
@@ -130,21 +163,13 @@ class _PrepareBar:
             self._bar = None
 
 
-def _open(server: str, store: Path | None, ca: str | None, retry_for_s: float) -> Client:
-    from otpipe.client.client import Client
-
-    return Client(server, store, ca=ca, retry_for_s=retry_for_s, on_prepare=_PrepareBar())
-
-
 @main.command()
 @connection_options
 @click.option("--slots", type=click.IntRange(min=1), default=2048, help="Token positions.")
 @ends_cleanly
-def prepare(
-    server: str, store: Path | None, ca: str | None, retry_for_s: float, slots: int
-) -> None:
+def prepare(connection: Connection, slots: int) -> None:
     """Prepare pads ahead of time; needs no prompt."""
-    with _open(server, store, ca, retry_for_s) as client:
+    with connection.open() as client:
         report = client.prepare(slots)
         click.echo(
             f"prepared {report.slots} slots in {report.seconds:.1f} s "
@@ -163,13 +188,15 @@ def prepare(
 @click.option("--top-k", type=int, default=0, help="0 switches it off.")
 @click.option("--seed", type=int, help="Repeatable sampling; no secret.")
 @click.option("--raw", is_flag=True, help="No chat template.")
+@click.option(
+    "--hide-length",
+    is_flag=True,
+    help="Go on to --max-new-tokens after the answer's end: the server does not learn its length.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
 @ends_cleanly
 def generate(
-    server: str,
-    store: Path | None,
-    ca: str | None,
-    retry_for_s: float,
+    connection: Connection,
     prompt: str | None,
     prompt_file: Path | None,
     max_new_tokens: int,
@@ -178,11 +205,12 @@ def generate(
     top_k: int,
     seed: int | None,
     raw: bool,
+    hide_length: bool,
     as_json: bool,
 ) -> None:
     """Generate text privately; prepares slots by itself when they run out."""
     text = _read_prompt(prompt, prompt_file)
-    with _open(server, store, ca, retry_for_s) as client:
+    with connection.open() as client:
         try:
             for piece in client.generate(
                 text,
@@ -192,6 +220,7 @@ def generate(
                 top_k=top_k,
                 seed=seed,
                 raw=raw,
+                hide_length=hide_length,
             ):
                 if not as_json:
                     click.echo(piece, nl=False)
@@ -237,11 +266,9 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
 @connection_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @ends_cleanly
-def info(
-    server: str, store: Path | None, ca: str | None, retry_for_s: float, as_json: bool
-) -> None:
+def info(connection: Connection, as_json: bool) -> None:
     """Show the server's model, its cost a token, and this client's slots."""
-    with _open(server, store, ca, retry_for_s) as client:
+    with connection.open() as client:
         facts = client.info()
     if as_json:
         click.echo(json.dumps(facts))

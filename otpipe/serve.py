@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
 from otpipe.errors import OtpipeError, RankDied, UsageError
+from otpipe.server.shutdown import ECHO_PATIENCE_S, EXIT_RANK_DIED, EXIT_USAGE, Shutdown
 
 log = logging.getLogger("otpipe.serve")
 
-EXIT_USAGE = 2
-EXIT_RANK_DIED = 70
 SAMPLE_MODEL = Path(__file__).parent / "sample"
 
 
@@ -43,38 +42,6 @@ class World:
             int(os.environ.get("LOCAL_RANK", "0")),
             int(os.environ["WORLD_SIZE"]),
         )
-
-
-class Shutdown:
-    """The one way in which a rank's process ends, whoever asks for it."""
-
-    def __init__(self, rank: int) -> None:
-        self._rank = rank
-        self._event = threading.Event()
-        self._lock = threading.Lock()
-        self.exit_code = 0
-        self.sentence = ""
-
-    def ask(self, exit_code: int, sentence: str) -> None:
-        """End with this code and sentence, unless something else asked first."""
-        with self._lock:
-            if not self._event.is_set():
-                self.exit_code, self.sentence = exit_code, sentence
-                self._event.set()
-
-    def wait(self) -> None:
-        """Block the main thread, so that signals are handled, until someone asks for the end."""
-        while not self._event.wait(0.5):
-            pass
-
-    def on_signal(self, number: int, _frame: object) -> None:
-        """SIGTERM and SIGINT. torchrun sends SIGTERM when a rank died: let liveness name it."""
-        if not self._event.is_set():
-            threading.Timer(
-                0.5 if self._rank == 0 else 0.0,
-                self.ask,
-                (0, f"stopped by {signal.Signals(number).name}"),
-            ).start()
 
 
 @click.command(context_settings={"show_default": True})
@@ -118,59 +85,72 @@ def main(
     """Serve a model to private clients. Start it with torchrun, one process per device."""
     world = World.from_environment()
     logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.WARNING,
+        level=logging.WARNING,
         format=f"otpipe: rank {world.rank}: %(message)s",
         stream=sys.stderr,
     )
-    if not verbose:
-        logging.getLogger("torch").setLevel(logging.ERROR)
-    from otpipe.server.gateway import ListenOptions
-    from otpipe.server.launch import RankOptions, serve_rank
-
+    logging.getLogger("otpipe").setLevel(logging.DEBUG if verbose else logging.WARNING)
+    logging.getLogger("torch").setLevel(logging.WARNING if verbose else logging.ERROR)
     shutdown = Shutdown(world.rank)
-    signal.signal(signal.SIGTERM, shutdown.on_signal)
-    signal.signal(signal.SIGINT, shutdown.on_signal)
-    try:
-        if weights == "private":
-            raise UsageError(
-                "--weights private is not there yet: this release serves public weights only; "
-                "start with --weights public"
+    shutdown.install()
+
+    def bring_up() -> None:
+        # Until the plan stands, all ranks meet the same error, and the gateway tells it for all.
+        first_speaker = 0
+        try:
+            if weights == "private":
+                raise UsageError(
+                    "--weights private is not there yet: this release serves public weights "
+                    "only; start with --weights public"
+                )
+            from otpipe.server.gateway import ListenOptions
+            from otpipe.server.launch import RankOptions, RankPlan, serve_rank
+
+            plan = RankPlan.check(
+                RankOptions(
+                    model_dir=SAMPLE_MODEL if model == "sample" else Path(model),
+                    rank=world.rank,
+                    local_rank=world.local_rank,
+                    world_size=world.world_size,
+                    device=device,
+                    transport=transport,
+                    threads=threads,
+                    audit=audit,
+                    listen=ListenOptions(
+                        host=host,
+                        port=port,
+                        tls_cert=tls_cert,
+                        tls_key=tls_key,
+                        insecure_plaintext=insecure_plaintext,
+                        max_clients=max_clients,
+                    ),
+                )
             )
-        options = RankOptions(
-            model_dir=SAMPLE_MODEL if model == "sample" else Path(model),
-            rank=world.rank,
-            local_rank=world.local_rank,
-            world_size=world.world_size,
-            device=device,
-            transport=transport,
-            threads=threads,
-            audit=audit,
-            listen=ListenOptions(
-                host=host,
-                port=port,
-                tls_cert=tls_cert,
-                tls_key=tls_key,
-                insecure_plaintext=insecure_plaintext,
-                max_clients=max_clients,
-            ),
-        )
-        ending = serve_rank(options, shutdown.ask)
-    except RankDied as error:
-        _exit(EXIT_RANK_DIED, str(error))
-    except OtpipeError as error:
-        _exit(EXIT_USAGE, str(error))
+            first_speaker = world.rank
+            serve_rank(plan, shutdown)
+        except RankDied as error:
+            shutdown.ask(EXIT_RANK_DIED, str(error), first_speaker)
+        except OtpipeError as error:
+            shutdown.ask(EXIT_USAGE, str(error), first_speaker)
+        except Exception as error:
+            log.exception("could not start")
+            shutdown.ask(EXIT_RANK_DIED, f"rank {world.rank} died: {error!r}", first_speaker)
+
+    threading.Thread(target=bring_up, name="bring up", daemon=True).start()
     shutdown.wait()
-    ending()
-    _exit(shutdown.exit_code, shutdown.sentence if world.rank == 0 or shutdown.exit_code else "")
 
 
-def _exit(code: int, sentence: str) -> None:
-    """Say why and end at once: threads may be blocked in a collective that will never return."""
-    if sentence:
-        print(f"otpipe: {sentence}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(code)
+def run() -> None:
+    """Entry point: as click's own, but what all ranks would say, the gateway says for them."""
+    try:
+        main(standalone_mode=False)
+    except click.ClickException as error:
+        if os.environ.get("RANK", "0") == "0":
+            error.show()
+        else:
+            time.sleep(ECHO_PATIENCE_S)
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":
-    main()
+    run()

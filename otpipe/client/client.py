@@ -23,7 +23,7 @@ from otpipe.client.prompt import PromptEncoder
 from otpipe.client.sampling import Sampler, SamplingParams
 from otpipe.client.store import MapShape, PadStore
 from otpipe.client.text_stream import TextStream
-from otpipe.errors import ConnectionLost, ProtocolError, UsageError
+from otpipe.errors import ConnectionLost, FingerprintMismatch, ProtocolError, UsageError
 from otpipe.model.bundle import ModelBundle
 from otpipe.model.clear_ops import KVCache
 from otpipe.model.program import LogitsFor, forward
@@ -85,6 +85,8 @@ class Client:
         store: directory for pads and the model's public description; None: the user's data
             directory. It holds secrets; its files are readable by the owner alone.
         ca: PEM file of the authority behind the server's certificate; turns TLS on.
+        fingerprint: accept a server only if it holds these weights, tokenizer and chat template
+            (SHA-256, hex, or its first 16 digits or more). Without it the server chooses them.
         retry_for_s: how long a lost server is sought.
         on_prepare: progress of preparation, (done, total) bytes on the wire.
 
@@ -98,6 +100,7 @@ class Client:
         store: str | Path | None = None,
         *,
         ca: str | None = None,
+        fingerprint: str | None = None,
         retry_for_s: float = 30.0,
         on_prepare: Progress | None = None,
         link_options: LinkOptions | None = None,
@@ -109,6 +112,7 @@ class Client:
         self._on_prepare = on_prepare
         self._link = ServerLink(self._options)
         try:
+            self._check_fingerprint(fingerprint)
             self.bundle = self._load_bundle()
             shapes = tuple(
                 MapShape(m.index, m.in_features, m.out_features, m.ring_bytes)
@@ -216,6 +220,7 @@ class Client:
         top_k: int = 0,
         seed: int | None = None,
         raw: bool = False,
+        hide_length: bool = False,
     ) -> Iterator[str]:
         """Generate text piece by piece; :attr:`last` has tokens, reason and figures.
 
@@ -225,6 +230,8 @@ class Client:
             top_p, top_k: 1.0 and 0 switch them off.
             seed: repeatable sampling. It is no secret and protects nothing.
             raw: do not apply the chat template.
+            hide_length: go on to ``max_new_tokens`` in silence after the model has ended its
+                answer, so that the server does not learn the answer's length.
 
         Yields:
             Text that never ends inside a character.
@@ -234,7 +241,8 @@ class Client:
             ConnectionLost: the server stayed away; :attr:`last` keeps what was generated.
         """
         params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-        return self._generate_text(self.encode(prompt, raw=raw), max_new_tokens, params)
+        prompt_ids = self.encode(prompt, raw=raw)
+        return self._generate_text(prompt_ids, max_new_tokens, params, hide_length)
 
     def generate_ids(
         self,
@@ -243,6 +251,7 @@ class Client:
         *,
         params: SamplingParams | None = None,
         stop_token_ids: Collection[int] = (),
+        hide_length: bool = False,
     ) -> Iterator[int]:
         """Generate token by token, without a tokenizer; see :meth:`generate`.
 
@@ -262,7 +271,7 @@ class Client:
         # The last token generated is never fed back, so it needs neither position nor slot.
         limit = min(max_new_tokens, room + 1)
         sampler = Sampler(params or SamplingParams())
-        return self._generate_ids(list(prompt_ids), limit, sampler, stop_token_ids)
+        return self._generate_ids(list(prompt_ids), limit, sampler, stop_token_ids, hide_length)
 
     def encode(self, prompt: str, *, raw: bool = False) -> list[int]:
         """Token ids of a prompt, with the model's chat template unless ``raw``."""
@@ -271,12 +280,16 @@ class Client:
     # -- inside ----------------------------------------------------------------------------------
 
     def _generate_text(
-        self, prompt_ids: list[int], max_new_tokens: int, params: SamplingParams
+        self, prompt_ids: list[int], max_new_tokens: int, params: SamplingParams, hide_length: bool
     ) -> Iterator[str]:
         encoder = self._prompt_encoder()
         stream = TextStream(encoder.tokenizer)
         tokens = self.generate_ids(
-            prompt_ids, max_new_tokens, params=params, stop_token_ids=encoder.stop_token_ids
+            prompt_ids,
+            max_new_tokens,
+            params=params,
+            stop_token_ids=encoder.stop_token_ids,
+            hide_length=hide_length,
         )
         for token in tokens:
             piece = stream.push(token)
@@ -296,6 +309,7 @@ class Client:
         limit: int,
         sampler: Sampler,
         stop_token_ids: Collection[int],
+        hide_length: bool,
     ) -> Iterator[int]:
         generation = self.last = Generation(prompt_tokens=len(prompt_ids))
         generation.stats.prepare_s = self._ensure_slots(len(prompt_ids) + limit - 1)
@@ -309,6 +323,9 @@ class Client:
                 meter.token_done()
                 if token in stop_token_ids:
                     generation.finish_reason = "stop"
+                    if hide_length:
+                        for _ in range(limit - len(generation.token_ids) - 1):
+                            self._next_logits([token], cache)
                     break
                 generation.token_ids.append(token)
                 if len(generation.token_ids) == limit:
@@ -348,6 +365,20 @@ class Client:
                 vocab_size=self.bundle.spec.vocab_size,
             )
         return self._encoder
+
+    def _check_fingerprint(self, wanted: str | None) -> None:
+        if wanted is None:
+            return
+        if len(wanted) < 16 or not set(wanted.lower()) <= set("0123456789abcdef"):
+            raise UsageError(
+                f"the fingerprint {wanted!r} is not at least 16 hex digits, as `otpipe info` shows"
+            )
+        held = self._link.welcome.fingerprint
+        if not held.startswith(wanted.lower()):
+            raise FingerprintMismatch(
+                f"the server holds weights {held[:16]}, not the {wanted[:16]} that were asked for; "
+                "name a server of those, or check the fingerprint"
+            )
 
     def _load_bundle(self) -> ModelBundle:
         """The public description from the cache, or from the server."""

@@ -148,17 +148,33 @@ class ServerLink:
             ProtocolError: the server's answer is not what was asked for.
             ConnectionLost: no server with these weights came back within ``retry_for_s``.
         """
+        refused = False
+        failing_since_s: float | None = None
+        pause_s = FIRST_RETRY_S
         while True:
-            connection = self._live()
             try:
-                send_message(connection, message, payload)
+                send_message(self._live(), message, payload)
                 if meanwhile is not None:
                     meanwhile()
                     meanwhile = None
                 answer = self.receive(answer_type, answer_bytes)
             except ConnectionLost as error:
+                now_s = time.monotonic()
+                if failing_since_s is None:
+                    failing_since_s = now_s
+                elif now_s - failing_since_s > self._options.retry_for_s:
+                    # It accepts connections and drops requests: do not go round for ever.
+                    raise
+                else:
+                    time.sleep(pause_s)
+                    pause_s = min(2 * pause_s, LAST_RETRY_S)
                 self._restore(error)
                 continue
+            except BaseException:
+                # An answer may still be under way on this connection: it must never be taken for
+                # the answer to a later request.
+                self._drop()
+                raise
             self.round_trips += 1
             return answer
 
@@ -167,11 +183,16 @@ class ServerLink:
         send_message(self._live(), message, payload)
 
     def receive(
-        self, answer_type: MessageType, answer_bytes: Callable[[Header], int]
+        self,
+        answer_type: MessageType,
+        answer_bytes: Callable[[Header], int],
+        timeout_s: float = ANSWER_TIMEOUT_S,
     ) -> np.ndarray:
         """Receive one answer of the given type; no second try."""
-        connection = self._live()
-        message_type, header, announced = connection.receive_head(ANSWER_TIMEOUT_S)
+        connection = self._connection
+        if connection is None:
+            raise ConnectionLost("this client is closed; open a new one")
+        message_type, header, announced = connection.receive_head(timeout_s)
         if message_type == MessageType.ERROR:
             connection.receive_payload(announced, 0)
             raise ServerRefused(f"the server refused: {Error.parse(header).text}")
@@ -193,8 +214,12 @@ class ServerLink:
     # -- connecting ------------------------------------------------------------------------------
 
     def _live(self) -> FrameConnection:
-        if self._connection is None:
+        """The open connection; a new one if the server had stayed away and may be back."""
+        if self._closed:
             raise ConnectionLost("this client is closed; open a new one")
+        if self._connection is None:
+            self._restore(None)
+        assert self._connection is not None
         return self._connection
 
     def _drop(self) -> None:
@@ -215,7 +240,7 @@ class ServerLink:
             self.traffic.frames_received + live.frames_received,
         )
 
-    def _restore(self, cause: ConnectionLost | None) -> None:
+    def _restore(self, cause: ConnectionLost | ServerRefused | None) -> None:
         """Connect to the first server that answers, until ``retry_for_s`` is over."""
         self._drop()
         deadline = time.monotonic() + self._options.retry_for_s

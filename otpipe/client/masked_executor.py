@@ -20,11 +20,15 @@ from otpipe.client.store import PadStore
 from otpipe.client.store_lease import SlotLease
 from otpipe.errors import ProtocolError
 from otpipe.model.bundle import ModelBundle
-from otpipe.model.clear_ops import ClearExecutor
+from otpipe.model.clear_ops import ClearExecutor, KVCache
 from otpipe.model.spec import LinearMap
 from otpipe.protocol.fixed_point import mask_activations, open_outputs
 from otpipe.protocol.messages import Linear, MessageType, Result, max_linear_rows
 from otpipe.protocol.wire import Header
+
+
+_SINGLE_THREAD_WORK = 1 << 22
+"""Products of one attention below which one thread does it."""
 
 
 class MaskedExecutor(ClearExecutor):
@@ -64,6 +68,22 @@ class MaskedExecutor(ClearExecutor):
             np.add(answer.reshape(correction_TH.shape), correction_TH, out=row_TH[part])
         scale_T = self._bundle.maps[linear_map.index].scale[torch.from_numpy(tokens_T)]
         return torch.from_numpy(row_TH.view(np.int8)).to(torch.float32).mul_(scale_T[:, None])
+
+    def attention(self, layer: int, qkv: Tensor, cache: KVCache) -> Tensor:
+        """See :class:`otpipe.model.program.Executor`.
+
+        Waking a second thread costs more than a short product, and takes a core from the server
+        where both share a machine.
+        """
+        work = len(qkv) * (cache.length + len(qkv)) * self.spec.q_size
+        threads = torch.get_num_threads()
+        if threads == 1 or work > _SINGLE_THREAD_WORK:
+            return super().attention(layer, qkv, cache)
+        torch.set_num_threads(1)
+        try:
+            return super().attention(layer, qkv, cache)
+        finally:
+            torch.set_num_threads(threads)
 
     def linear(self, linear_map: LinearMap, x: Tensor) -> Tensor:
         """W x + bias for the rows of the current pass, or for its last ones."""

@@ -29,7 +29,7 @@ from otpipe.client.store_writer import BatchWriter
 from otpipe.crypto.noise import choose_upload_bytes
 from otpipe.crypto.params import RlweParams, params_for_ring
 from otpipe.crypto.rlwe import BatchSecret, decrypt_block, encrypt_block
-from otpipe.errors import ConnectionLost, OtpipeError, ProtocolError
+from otpipe.errors import ConnectionLost, OtpipeError, ParameterError, ProtocolError
 from otpipe.model.bundle import ModelBundle
 from otpipe.model.spec import LinearMap
 from otpipe.protocol.messages import (
@@ -39,16 +39,21 @@ from otpipe.protocol.messages import (
     OleAnswer,
     OleBegin,
     OleBlock,
+    OleReady,
 )
 from otpipe.protocol.wire import Header
 
 MAX_BATCH_SLOTS = 2048
 MIN_BATCH_SLOTS = 64
-"""Smallest batch worth its upload, which does not shrink with the number of slots."""
+"""Smallest batch worth its upload, which does not shrink with the number of slots. Wide maps may
+need a larger one: packing many outputs into one ciphertext adds up their noise."""
 
 BLOCK_COORDINATES = 128
 EXCHANGES_AT_ONCE = 2
 MAX_TRIES_A_MAP = 5
+QUEUE_TIMEOUT_S = 3600.0
+"""How long an exchange waits for its turn on a rank that prepares for other clients."""
+
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) in units of bytes on the wire."""
@@ -79,6 +84,21 @@ def batch_sizes(num_slots: int) -> list[int]:
     return sizes
 
 
+def _plan_within_budget(bundle: ModelBundle, num_slots: int) -> _Plan:
+    """The plan of a batch of at least ``num_slots`` whose noise every map can bear.
+
+    Raises:
+        ParameterError: not even a full batch can: no supported model gets there.
+    """
+    while True:
+        try:
+            return _plan(bundle, num_slots)
+        except ParameterError:
+            if num_slots == MAX_BATCH_SLOTS:
+                raise
+            num_slots *= 2
+
+
 def prepare_slots(
     store: PadStore,
     bundle: ModelBundle,
@@ -93,8 +113,7 @@ def prepare_slots(
         ConnectionLost, ServerRefused, ProtocolError: the server's part failed.
     """
     started_s = time.monotonic()
-    sizes = batch_sizes(num_slots)
-    plans = [_plan(bundle, size) for size in sizes]
+    plans = [_plan_within_budget(bundle, size) for size in batch_sizes(num_slots)]
     total = sum(plan.wire_bytes for plan in plans)
     done = 0
     sent = received = 0
@@ -118,7 +137,8 @@ def prepare_slots(
             raise
         sent += batch.bytes_sent
         received += batch.bytes_received
-    return PreparationReport(sum(sizes), time.monotonic() - started_s, sent, received)
+    slots = sum(plan.num_slots for plan in plans)
+    return PreparationReport(slots, time.monotonic() - started_s, sent, received)
 
 
 @dataclass(frozen=True)
@@ -245,6 +265,13 @@ class _Batch:
         index, n = plan.linear_map.index, plan.linear_map.in_features
         slots = self._plan.num_slots
         link.send(OleBegin(index, slots, plan.upload_bytes, a_key))
+
+        def ready(header: Header) -> int:
+            if OleReady.parse(header).map_index != index:
+                raise ProtocolError(f"the server made ready for another map than {index}")
+            return 0
+
+        link.receive(MessageType.OLE_READY, ready, timeout_s=QUEUE_TIMEOUT_S)
         coordinate_bytes = plan.params.ring_degree * plan.upload_bytes
         step = min(BLOCK_COORDINATES, MAX_OLE_BLOCK_BYTES // coordinate_bytes)
         for first in range(0, n, step):

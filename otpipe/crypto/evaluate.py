@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numba as nb
 import numpy as np
 import torch
 from torch import Tensor
@@ -25,7 +26,15 @@ from torch import Tensor
 from otpipe.crypto.params import RlweParams
 from otpipe.crypto.rlwe import expand_a, fill_a
 from otpipe.errors import ProtocolError
-from otpipe.kernels.cpu import Array, kernel, pack_words, parallel_for, unpack_words
+from otpipe.kernels.cpu import (
+    Array,
+    kernel,
+    on_team,
+    pack_words,
+    parallel_for,
+    team_kernel,
+    unpack_words,
+)
 from otpipe.kernels.packing import pack_uints, unpack_uints
 from otpipe.kernels.ring_gemm import (
     MAX_EXACT_INNER,
@@ -295,8 +304,7 @@ def add_products(products_RDN: Tensor, shift: int, sums_RN: Tensor) -> None:
     if products_RDN.is_cuda:
         add_products_torch(products_RDN, shift, sums_RN)
         return
-    source, target = products_RDN.numpy(), sums_RN.numpy()
-    parallel_for(lambda lo, hi: _add_products(source, shift, target, lo, hi), len(source), 8)
+    on_team(_add_products, products_RDN.numpy(), shift, sums_RN.numpy())
 
 
 def add_products_torch(products_RDN: Tensor, shift: int, sums_RN: Tensor) -> None:
@@ -305,9 +313,9 @@ def add_products_torch(products_RDN: Tensor, shift: int, sums_RN: Tensor) -> Non
         sums_RN.add_(products_RDN[:, i], alpha=1 << (8 * i + shift))
 
 
-@kernel
-def _add_products(products: Array, shift: int, sums: Array, lo: int, hi: int) -> None:
-    for r in range(lo, hi):
+@team_kernel
+def _add_products(products: Array, shift: int, sums: Array) -> None:
+    for r in nb.prange(products.shape[0]):
         total = sums[r]
         for i in range(products.shape[1]):
             row, up = products[r, i], np.int64(8 * i + shift)
@@ -329,41 +337,38 @@ def round_products(
     products: int32 or int64 (R, D, N), the digits of R outputs; a last group may be partly filled.
     Writes ceil(R / pack) groups of ``answer``, uint8 (G, 2, N, answer_bytes), from ``first_group``.
     """
-    source = products_RDN.numpy()
     words = answer.view(*answer.shape[:2], -1).numpy().view(np.uint64)
-    slots = params.ring_degree // pack
-    dropped = params.log2_q - params.answer_bits
-    num_bytes = params.answer_bytes
-    parallel_for(
-        lambda lo, hi: _round_products(
-            source, shift, pack, slots, dropped, num_bytes, words, first_group, half, lo, hi
-        ),
-        -(-len(source) // pack),
-        4,
+    on_team(
+        _round_products,
+        products_RDN.numpy(),
+        shift,
+        pack,
+        params.log2_q - params.answer_bits,
+        params.answer_bytes,
+        words,
+        first_group,
+        half,
     )
 
 
-@kernel
+@team_kernel
 def _round_products(
     products: Array,
     shift: int,
     pack: int,
-    slots: int,
     dropped: int,
     num_bytes: int,
     words: Array,
     first_group: int,
     half: int,
-    lo: int,
-    hi: int,
 ) -> None:
-    degree = products.shape[2]
-    total = np.empty(degree, np.int64)
+    num_rows, degree = products.shape[0], products.shape[2]
+    slots = degree // pack
     one_half = np.int64(1) << np.int64(dropped - 1)
-    for group in range(lo, hi):
-        total[:] = 0
+    for group in nb.prange((num_rows + pack - 1) // pack):
+        total = np.zeros(degree, np.int64)
         first_row = group * pack
-        for r in range(first_row, min(first_row + pack, products.shape[0])):
+        for r in range(first_row, min(first_row + pack, num_rows)):
             # Times X^start: the coefficients that pass X^N come back negated.
             start = (r - first_row) * slots
             upper, lower = total[start:], total[:start]

@@ -1,9 +1,12 @@
-"""Fused CPU passes, compiled by numba, and the thread pool that runs them.
+"""Fused CPU passes, compiled by numba, and the two ways in which they use several cores.
 
-Every kernel takes a half-open range ``[lo, hi)`` of its outermost loop, holds no state and
-releases the GIL; ``parallel_for`` splits the range. numba's own ``parallel=True`` is avoided on
-purpose: its fallback threading layer aborts the process when two Python threads enter it at once,
-and a server computes and prepares pads at the same time.
+- ``on_team`` runs a kernel with numba's own parallel loops. It is for kernels that run between
+  matrix products: numba's OpenMP layer then shares torch's threads, which after a product spin for
+  milliseconds on the cores that any other thread would need.
+- ``parallel_for`` splits a range over a thread pool. It is for work that mixes kernels with other
+  calls that release the GIL, such as AES and FFT.
+
+Kernels hold no state and release the GIL.
 
 Each kernel has a plain-torch twin (the path CUDA tensors take) that it is tested against bit for
 bit; the twins live beside the public functions in ``ring_gemm.py``, ``packing.py`` and
@@ -31,8 +34,12 @@ if sys.byteorder != "little":  # pragma: no cover - all supported hosts are litt
     raise ImportError("otpipe views integers as little-endian bytes; use a little-endian host.")
 
 Array = NDArray[Any]
-#: decorator of every compiled kernel, here and in ``otpipe.crypto``
+#: decorators of every compiled kernel, here and in ``otpipe.crypto``
 kernel: Any = nb.njit(nogil=True, cache=True, boundscheck=False)
+team_kernel: Any = nb.njit(nogil=True, cache=True, boundscheck=False, parallel=True)
+
+_team_lock = threading.Lock()
+_numba_config: Any = nb.config
 
 _in_worker = threading.local()
 _pool_lock = threading.Lock()
@@ -42,8 +49,9 @@ _pool_size = 0
 
 def _forget_pool() -> None:
     """A forked child inherits the pool object but not its threads."""
-    global _pool, _pool_size, _pool_lock
-    _pool, _pool_size, _pool_lock = None, 0, threading.Lock()
+    global _pool, _pool_size, _pool_lock, _team_lock
+    _pool, _pool_size = None, 0
+    _pool_lock, _team_lock = threading.Lock(), threading.Lock()
 
 
 os.register_at_fork(after_in_child=_forget_pool)
@@ -57,6 +65,17 @@ def _get_pool(size: int) -> ThreadPoolExecutor:
             _pool = ThreadPoolExecutor(size, thread_name_prefix="otpipe-kernel")
             _pool_size = size
         return _pool
+
+
+def on_team(compiled: Any, *args: Any) -> None:
+    """Run a ``team_kernel`` on as many cores as ``torch.get_num_threads()`` says.
+
+    One at a time: each wants all cores, and numba's fallback threading layer aborts the process
+    when two Python threads enter it at once.
+    """
+    with _team_lock:
+        nb.set_num_threads(max(1, min(torch.get_num_threads(), _numba_config.NUMBA_NUM_THREADS)))
+        compiled(*args)
 
 
 def parallel_for(body: Callable[[int, int], None], total: int, grain: int) -> None:
@@ -99,83 +118,91 @@ def parallel_for(body: Callable[[int, int], None], total: int, grain: int) -> No
 # widening to 64-bit multiplications.
 
 
-@kernel
-def gemv_rows_int32(weight_mn: Array, x_n: Array, out_m: Array, lo: int, hi: int) -> None:
+@team_kernel
+def gemv_rows_int32(weight_mn: Array, x_n: Array, out_m: Array) -> None:
     """out[i] = sum_j weight[i, j] * x[j] mod 2^32, weight row-major int8, x and out int32."""
-    weight, out = weight_mn[lo:hi], out_m[lo:hi]
-    for i in range(weight.shape[0]):
+    for i in nb.prange(weight_mn.shape[0]):
         total = np.int32(0)
-        for j in range(weight.shape[1]):
-            total = np.int32(total + np.int32(np.int32(weight[i, j]) * x_n[j]))
-        out[i] = total
+        for j in range(weight_mn.shape[1]):
+            total = np.int32(total + np.int32(np.int32(weight_mn[i, j]) * x_n[j]))
+        out_m[i] = total
 
 
-@kernel
-def gemv_rows_int64(weight_mn: Array, x_n: Array, out_m: Array, lo: int, hi: int) -> None:
+@team_kernel
+def gemv_rows_int64(weight_mn: Array, x_n: Array, out_m: Array) -> None:
     """out[i] = sum_j weight[i, j] * x[j] mod 2^64, weight row-major int8, x and out int64."""
-    weight, out = weight_mn[lo:hi], out_m[lo:hi]
-    for i in range(weight.shape[0]):
+    for i in nb.prange(weight_mn.shape[0]):
         total = np.int64(0)
-        for j in range(weight.shape[1]):
-            total += np.int64(weight[i, j]) * x_n[j]
-        out[i] = total
+        for j in range(weight_mn.shape[1]):
+            total += np.int64(weight_mn[i, j]) * x_n[j]
+        out_m[i] = total
 
 
-@kernel
-def gemv_columns_int32(weight_nm: Array, x_n: Array, out_m: Array, lo: int, hi: int) -> None:
-    """As ``gemv_rows_int32`` for a weight stored transposed: weight_nm[j, i], row-major."""
-    out = out_m[lo:hi]
-    for i in range(out.shape[0]):
-        out[i] = 0
-    for j in range(weight_nm.shape[0]):
-        row, x = weight_nm[j, lo:hi], x_n[j]
-        for i in range(out.shape[0]):
-            out[i] = np.int32(out[i] + np.int32(np.int32(row[i]) * x))
+@team_kernel
+def gemv_columns_int32(weight_nm: Array, x_n: Array, out_m: Array, num_parts: int) -> None:
+    """As ``gemv_rows_int32`` for a weight stored transposed: weight_nm[j, i], row-major.
+
+    Each of ``num_parts`` tasks reads consecutive rows and has sums of its own.
+    """
+    n, m = weight_nm.shape
+    sums = np.zeros((num_parts, m), np.int32)
+    for part in nb.prange(num_parts):
+        for j in range(n * part // num_parts, n * (part + 1) // num_parts):
+            row, x, out = weight_nm[j], x_n[j], sums[part]
+            for i in range(m):
+                out[i] = np.int32(out[i] + np.int32(np.int32(row[i]) * x))
+    for i in range(m):
+        total = np.int32(0)
+        for part in range(num_parts):
+            total = np.int32(total + sums[part, i])
+        out_m[i] = total
 
 
-@kernel
-def gemv_columns_int64(weight_nm: Array, x_n: Array, out_m: Array, lo: int, hi: int) -> None:
-    """As ``gemv_rows_int64`` for a weight stored transposed: weight_nm[j, i], row-major."""
-    out = out_m[lo:hi]
-    for i in range(out.shape[0]):
-        out[i] = 0
-    for j in range(weight_nm.shape[0]):
-        row, x = weight_nm[j, lo:hi], x_n[j]
-        for i in range(out.shape[0]):
-            out[i] += np.int64(row[i]) * x
+@team_kernel
+def gemv_columns_int64(weight_nm: Array, x_n: Array, out_m: Array, num_parts: int) -> None:
+    """As ``gemv_columns_int32`` for int64 x and out."""
+    n, m = weight_nm.shape
+    sums = np.zeros((num_parts, m), np.int64)
+    for part in nb.prange(num_parts):
+        for j in range(n * part // num_parts, n * (part + 1) // num_parts):
+            row, x, out = weight_nm[j], x_n[j], sums[part]
+            for i in range(m):
+                out[i] += np.int64(row[i]) * x
+    out_m[:] = sums.sum(axis=0)
 
 
 # --- digits ------------------------------------------------------------------------------------
 
+_COLUMNS_PER_TASK = 2048
 
-@kernel
-def split_digits(x_Tn: Array, bias: int, planes_DTn: Array, lo: int, hi: int) -> None:
+
+@team_kernel
+def split_digits(x_Tn: Array, bias: int, planes_DTn: Array) -> None:
     """Signed base-256 digits of int32 or int64 values; see ``ring_gemm.digit_planes``."""
-    x, planes = x_Tn[lo:hi], planes_DTn[:, lo:hi]
-    for t in range(x.shape[0]):
-        for i in range(planes.shape[0]):
-            row = planes[i, t]
-            for j in range(x.shape[1]):
-                row[j] = np.int8(((np.int64(x[t, j]) + bias) >> np.int64(8 * i)) ^ np.int64(0x80))
+    for t in nb.prange(x_Tn.shape[0]):
+        for i in range(planes_DTn.shape[0]):
+            row = planes_DTn[i, t]
+            for j in range(x_Tn.shape[1]):
+                digit = ((np.int64(x_Tn[t, j]) + bias) >> np.int64(8 * i)) ^ np.int64(0x80)
+                row[j] = np.int8(digit)
 
 
-@kernel
-def combine_digit_products(
-    products_DTm: Array, unused_bits: int, out_Tm: Array, lo: int, hi: int
-) -> None:
+@team_kernel
+def combine_digit_products(products_DTm: Array, unused_bits: int, out_Tm: Array) -> None:
     """out = sum_i products[i] * 256^i mod 2^(64 - unused_bits), sign-extended."""
-    products, out = products_DTm[:, lo:hi], out_Tm[lo:hi]
-    m = products.shape[2]
-    total = np.empty(m, np.int64)
-    for t in range(products.shape[1]):
-        for j in range(m):
-            total[j] = 0
-        for i in range(products.shape[0]):
-            row = products[i, t]
-            for j in range(m):
+    num_planes, num_rows, m = products_DTm.shape
+    blocks = (m + _COLUMNS_PER_TASK - 1) // _COLUMNS_PER_TASK
+    for task in nb.prange(num_rows * blocks):
+        t, lo = task // blocks, task % blocks * _COLUMNS_PER_TASK
+        hi = min(m, lo + _COLUMNS_PER_TASK)
+        total = np.zeros(hi - lo, np.int64)
+        for i in range(num_planes):
+            row = products_DTm[i, t, lo:hi]
+            for j in range(total.shape[0]):
                 total[j] += np.int64(row[j]) << np.int64(8 * i)
-        for j in range(m):
-            out[t, j] = (total[j] << unused_bits) >> unused_bits
+        out = out_Tm[t, lo:hi]
+        for j in range(total.shape[0]):
+            out[j] = (total[j] << unused_bits) >> unused_bits
 
 
 # --- packed little-endian integers -------------------------------------------------------------

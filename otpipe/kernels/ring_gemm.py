@@ -20,8 +20,8 @@ from torch import Tensor
 
 from otpipe.kernels import cpu
 
-#: longest inner dimension whose int32 sum cannot overflow: n * 128 * 128 < 2^31; a multiple of 8
-MAX_EXACT_INNER = (1 << 17) - 8
+#: longest inner dimension whose int32 sum cannot overflow: n * 128 * 128 < 2^31; a multiple of 64
+MAX_EXACT_INNER = (1 << 17) - 64
 #: largest int32 product kept at once, in elements. On the CPU it is a reused scratch buffer that
 #: stays in the last-level cache; on CUDA it bounds the temporary memory.
 _CPU_TILE_ELEMENTS = 1 << 21
@@ -63,6 +63,8 @@ def ring_gemm(x: Tensor, weight: Tensor, bits: int) -> Tensor:
         stacked = planes_DTn.view(num_planes * rows, -1)
         # A column tile is a row slice of the weight: a view, whatever its strides.
         step = max(_CUDA_ALIGN, tile // (num_planes * rows) // _CUDA_ALIGN * _CUDA_ALIGN)
+        if x.is_cuda and weight.stride(1) != 1:  # int8_matmul copies the tile: bound the copy
+            step = min(step, max(_CUDA_ALIGN, tile // weight.shape[1] // _CUDA_ALIGN * _CUDA_ALIGN))
         for lo in range(0, m, step):
             columns = weight[lo : lo + step].t()
             buffer = None if x.is_cuda else scratch_int32(stacked.shape[0], columns.shape[1])
@@ -86,12 +88,7 @@ def digit_planes(x: Tensor, bits: int) -> Tensor:
     num_planes = num_digits(bits)
     source = x.contiguous().numpy()
     planes = torch.empty((num_planes, *x.shape), dtype=torch.int8)
-    target, bias = planes.numpy(), _digit_bias(num_planes)
-    cpu.parallel_for(
-        lambda lo, hi: cpu.split_digits(source, bias, target, lo, hi),
-        x.shape[0],
-        grain=1 + (1 << 17) // max(1, x.shape[1]),
-    )
+    cpu.on_team(cpu.split_digits, source, _digit_bias(num_planes), planes.numpy())
     return planes
 
 
@@ -114,13 +111,7 @@ def combine_planes(products: Tensor, bits: int, out: Tensor | None = None) -> Te
         out = torch.empty(products.shape[1:], dtype=storage_dtype(bits), device=products.device)
     if products.is_cuda or products.dim() != 3 or products.dtype != torch.int32:
         return out.copy_(combine_planes_torch(products, bits))
-    source, target = products.numpy(), out.numpy()
-    unused = 64 - bits
-    cpu.parallel_for(
-        lambda lo, hi: cpu.combine_digit_products(source, unused, target, lo, hi),
-        source.shape[1],
-        grain=1 + (1 << 16) // max(1, source.shape[2]),
-    )
+    cpu.on_team(cpu.combine_digit_products, products.numpy(), 64 - bits, out.numpy())
     return out
 
 
@@ -189,20 +180,17 @@ def _digit_bias(num_bytes: int) -> int:
 
 def _gemv(x: Tensor, weight: Tensor, bits: int) -> Tensor:
     """One row on the CPU: multiply directly, since the product is bound by reading the weight."""
-    m, n = weight.shape
+    m = weight.shape[0]
     out = torch.empty(m, dtype=x.dtype)
     source, target = x.contiguous().view(-1).numpy(), out.numpy()
     narrow = x.dtype == torch.int32
-    grain = 1 + (1 << 19) // max(1, n)
     if weight.is_contiguous():
         kernel = cpu.gemv_rows_int32 if narrow else cpu.gemv_rows_int64
-        matrix = weight.numpy()
+        cpu.on_team(kernel, weight.numpy(), source, target)
     else:
         kernel = cpu.gemv_columns_int32 if narrow else cpu.gemv_columns_int64
-        matrix = weight.t().numpy()
-        # One range a thread: each range walks the whole matrix in strips of its own width.
-        grain = max(grain, 256, -(-m // torch.get_num_threads()))
-    cpu.parallel_for(lambda lo, hi: kernel(matrix, source, target, lo, hi), m, grain)
+        num_parts = max(1, min(torch.get_num_threads(), weight.shape[1] // 64))
+        cpu.on_team(kernel, weight.t().numpy(), source, target, num_parts)
     unused = 8 * out.element_size() - bits
     if unused:
         out = (out << unused) >> unused
@@ -231,15 +219,27 @@ def _int_mm_is_exact(device: str) -> bool:
 
 
 def _cuda_int_mm(a: Tensor, b: Tensor) -> Tensor:
-    """``torch._int_mm`` on CUDA, zero-padded to more than 16 rows and sides that 8 divides."""
+    """``torch._int_mm`` on CUDA, zero-padded to more than 16 rows and sides that 8 divides.
+
+    int8 units take a row-major and b column-major; cuBLAS of CUDA 13 refuses other layouts. Callers
+    pass them so where they can; anything else is copied here.
+    """
     rows, n = a.shape
     columns = b.shape[1]
+    b_cn = b.t()
     more_n, more_columns = -n % _CUDA_ALIGN, -columns % _CUDA_ALIGN
     if more_n or more_columns:
-        b = torch.nn.functional.pad(b, (0, more_columns, 0, more_n))
+        b_cn = torch.nn.functional.pad(b_cn, (0, more_n, 0, more_columns))
     if more_n or rows < _CUDA_MIN_ROWS:
         a = torch.nn.functional.pad(a, (0, more_n, 0, max(0, _CUDA_MIN_ROWS - rows)))
-    return torch._int_mm(a, b)[:rows, :columns]
+    a, b_cn = _inner_contiguous(a), _inner_contiguous(b_cn)
+    return torch._int_mm(a, b_cn.t())[:rows, :columns]
+
+
+def _inner_contiguous(matrix: Tensor) -> Tensor:
+    """``matrix`` with unit inner stride and rows that start on whole 8-byte units."""
+    aligned = matrix.stride(0) % _CUDA_ALIGN == 0 and matrix.data_ptr() % _CUDA_ALIGN == 0
+    return matrix if matrix.stride(1) == 1 and aligned else matrix.contiguous()
 
 
 def _float64_matmul(a: Tensor, b: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from otpipe.model.quantize import INT8_MAX, QuantizedMap
 from otpipe.model.spec import LinearMap, ModelSpec
 
 BUNDLE_VERSION = 1
-MAX_BUNDLE_BYTES = 512 << 20
+MAX_BUNDLE_BYTES = 256 << 20
 MAX_FILE_BYTES = 64 << 20
 # Tokenizer and generation settings that are plain text. Pickled, binary and code files stay out.
 PUBLIC_FILES = (

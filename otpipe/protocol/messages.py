@@ -45,6 +45,7 @@ class MessageType(IntEnum):
     RESULT = 130
     OLE_ANSWER = 131
     PONG = 132
+    OLE_READY = 133
     ERROR = 255
 
 
@@ -148,6 +149,14 @@ class OleBegin(Message):
     num_slots: int
     upload_bytes: int
     a_key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class OleReady(Message):
+    """The rank has room for this exchange: the blocks may come."""
+
+    TYPE = MessageType.OLE_READY
+    map_index: int
 
 
 @dataclass(frozen=True, slots=True)

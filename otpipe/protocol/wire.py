@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 import struct
 import time
 from collections.abc import Callable
@@ -37,6 +38,7 @@ MAX_PAYLOAD_BYTES = 256 << 20
 """Hard limit of any payload. The state of a conversation normally allows far less."""
 
 READ_BUFFER_BYTES = 1 << 16
+SEND_PIECE_BYTES = 1 << 20
 MIN_BYTES_PER_S = 100_000
 """A peer that sends the rest of a begun frame more slowly than this is treated as stalled."""
 
@@ -104,26 +106,22 @@ class FrameConnection:
         self.traffic.frames_sent += 1
 
     def _send_all(self, head: bytes, body: bytes | memoryview) -> None:
-        if len(body) == 0:
-            self._sock.sendall(head)
-            return
-        if len(body) <= READ_BUFFER_BYTES or not hasattr(self._sock, "sendmsg"):
+        if len(body) <= READ_BUFFER_BYTES:
             self._sock.sendall(b"".join((head, body)))  # a short copy is cheaper than two segments
             return
-        try:
-            sent = self._sock.sendmsg((head, body))
-        except NotImplementedError:  # TLS sockets have no scatter-gather
-            self._sock.sendall(head)
-            self._sock.sendall(body)
-            return
+        sent = self._send_some(head, body)
         if sent < len(head):
             self._sock.sendall(head[sent:])
             sent = len(head)
-        remaining = memoryview(body)[sent - len(head) :]
-        if len(remaining):
-            # sendall's timeout covers the whole call, so give it a bounded piece at a time.
-            for start in range(0, len(remaining), 1 << 20):
-                self._sock.sendall(remaining[start : start + (1 << 20)])
+        # The timeout of sendall covers the whole call, so it gets a bounded piece at a time.
+        for start in range(sent - len(head), len(body), SEND_PIECE_BYTES):
+            self._sock.sendall(memoryview(body)[start : start + SEND_PIECE_BYTES])
+
+    def _send_some(self, head: bytes, body: bytes | memoryview) -> int:
+        """Send what the kernel takes in one call; TLS sockets have no scatter-gather."""
+        if isinstance(self._sock, ssl.SSLSocket):
+            return 0
+        return self._sock.sendmsg((head, body))
 
     # -- receiving -------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import logging
 import socket
 import ssl
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,11 @@ from otpipe.server.service import Service
 from otpipe.server.session import ClientSession
 
 log = logging.getLogger("otpipe.server")
+
+BACKLOG = 128
+LINGER_S = 1.0
+MAX_REFUSALS_AT_ONCE = 32
+"""Clients beyond ``max_clients`` that are told so at the same time; still more are just closed."""
 
 
 @dataclass(frozen=True)
@@ -64,90 +70,158 @@ def is_loopback(host: str) -> bool:
     return all(ipaddress.ip_address(str(a).split("%")[0]).is_loopback for a in addresses)
 
 
+class Listener:
+    """A bound port and its TLS identity.
+
+    Made before a model is loaded, so that a port in use or a bad certificate shows at once. It
+    refuses connections until :meth:`open`.
+    """
+
+    def __init__(self, options: ListenOptions) -> None:
+        """Bind.
+
+        Raises:
+            UsageError: the port is taken or not permitted, or certificate and key do not fit.
+        """
+        self.host = options.host
+        self.tls = _tls_context(options)
+        try:
+            family, _, _, _, address = socket.getaddrinfo(
+                options.host, options.port, type=socket.SOCK_STREAM
+            )[0]
+            self.socket = socket.socket(family, socket.SOCK_STREAM)
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self.socket.bind(address)
+        except OSError as error:
+            raise self._refused(options.port, error) from error
+        self.port: int = self.socket.getsockname()[1]
+
+    def open(self) -> None:
+        """Let clients connect.
+
+        Raises:
+            UsageError: another process has opened the port since.
+        """
+        try:
+            self.socket.listen(BACKLOG)
+        except OSError as error:
+            raise self._refused(self.port, error) from error
+
+    def _refused(self, port: int, error: OSError) -> UsageError:
+        return UsageError(
+            f"cannot listen on {self.host}:{port}: {error.strerror or error}; "
+            "choose another --host or --port"
+        )
+
+
 class Gateway:
     """Accepts clients and runs a :class:`ClientSession` for each in a thread of its own."""
 
-    def __init__(self, service: Service, options: ListenOptions) -> None:
+    def __init__(
+        self, service: Service, options: ListenOptions, listener: Listener | None = None
+    ) -> None:
         self._service = service
         self._options = options
-        self._tls = _tls_context(options)
-        family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-        try:
-            self._listener = socket.create_server((options.host, options.port), family=family)
-        except OSError as error:
-            raise UsageError(
-                f"cannot listen on {options.host}:{options.port}: {error.strerror or error}; "
-                "choose another --host or --port"
-            ) from error
-        self.port: int = self._listener.getsockname()[1]
+        self._listener = listener or Listener(options)
         self._lock = threading.Lock()
         self._sockets: set[socket.socket] = set()
         self._closing = False
 
+    @property
+    def port(self) -> int:
+        """The port that clients connect to."""
+        return self._listener.port
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT, as a client's ``--server`` takes it."""
+        host = self._options.host
+        return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+
     def start(self) -> None:
         """Begin to accept clients, in a thread."""
+        self._listener.open()
         threading.Thread(target=self._accept_loop, name="accept", daemon=True).start()
 
     def _accept_loop(self) -> None:
         while True:
             try:
-                sock, address = self._listener.accept()
-            except OSError:
+                sock, address = self._listener.socket.accept()
+            except OSError as error:
                 if self._closing:
                     return
-                log.exception("accept failed")
+                log.warning("a client could not be accepted: %s", error)
+                time.sleep(0.1)  # out of file descriptors, as a rule: let sessions end
                 continue
             with self._lock:
                 if self._closing:
                     sock.close()
                     return
                 self._sockets.add(sock)
-                full = len(self._sockets) > self._options.max_clients
+                excess = len(self._sockets) - self._options.max_clients
+            if excess > MAX_REFUSALS_AT_ONCE or not self._start_serving(sock, address, excess > 0):
+                self._forget(sock)
+
+    def _start_serving(self, sock: socket.socket, address: object, full: bool) -> bool:
+        try:
             threading.Thread(
                 target=self._serve, args=(sock, full), name=f"client {address}", daemon=True
             ).start()
+        except RuntimeError as error:
+            log.warning("no thread for client %s: %s", address, error)
+            return False
+        log.info("client %s connected", address)
+        return True
 
     def _serve(self, sock: socket.socket, full: bool) -> None:
         stall_timeout_s = self._options.stall_timeout_s
-        wrapped = sock
         try:
             sock.settimeout(stall_timeout_s)
             tune_socket(sock)
-            if self._tls is not None:
-                wrapped = self._tls.wrap_socket(sock, server_side=True)
+            if self._listener.tls is not None:
+                plain = sock
+                sock = self._listener.tls.wrap_socket(plain, server_side=True)
                 with self._lock:
-                    self._sockets.discard(sock)
-                    self._sockets.add(wrapped)
-            connection = FrameConnection(wrapped, stall_timeout_s=stall_timeout_s)
+                    self._sockets.discard(plain)
+                    self._sockets.add(sock)
+            connection = FrameConnection(sock, stall_timeout_s=stall_timeout_s)
             if full:
-                with contextlib.suppress(ConnectionLost):
-                    send_message(
-                        connection,
-                        Error(
-                            f"the server already has its {self._options.max_clients} clients; "
-                            "try again later or start it with a larger --max-clients"
-                        ),
-                    )
-                return
-            ClientSession(connection, self._service, self._options.idle_timeout_s).run()
-        except OSError as error:  # a failed TLS handshake
-            log.debug("client did not complete the handshake: %s", error)
-        except Exception:
-            # One client's misfortune must not end the service for the others.
-            log.exception("a client's session ended on an internal error")
+                send_message(
+                    connection,
+                    Error(
+                        f"the server already has its {self._options.max_clients} clients; "
+                        "try again later or start it with a larger --max-clients"
+                    ),
+                )
+            else:
+                ClientSession(connection, self._service, self._options.idle_timeout_s).run()
+            self._linger(sock)
+        except (ConnectionLost, OSError) as error:  # a failed TLS handshake
+            log.info("client left: %s", error)
         finally:
-            with self._lock:
-                self._sockets.discard(sock)
-                self._sockets.discard(wrapped)
-            with contextlib.suppress(OSError):
-                wrapped.close()
+            self._forget(sock)
+
+    def _linger(self, sock: socket.socket) -> None:
+        """Let the client read the last words: closing with bytes unread would destroy them."""
+        deadline = time.monotonic() + LINGER_S
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_WR)
+            sock.settimeout(LINGER_S)
+            while time.monotonic() < deadline and sock.recv(1 << 16):
+                pass
+
+    def _forget(self, sock: socket.socket) -> None:
+        with self._lock:
+            self._sockets.discard(sock)
+        with contextlib.suppress(OSError):
+            sock.close()
 
     def close(self) -> None:
         """Stop listening and close every client's connection."""
         self._closing = True
         with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
+            self._listener.socket.shutdown(socket.SHUT_RDWR)
+        self._listener.socket.close()
         with self._lock:
             sockets = list(self._sockets)
         for sock in sockets:

@@ -1,18 +1,19 @@
-"""From options to a serving rank: load, join, describe, listen."""
+"""From options to a serving rank: check, join, load, describe, listen."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import msgpack
 import torch
+from torch import Tensor
 
 from otpipe.errors import RankDied, UsageError
 from otpipe.model.bundle import ModelBundle, PublicMap, read_public_files
@@ -21,16 +22,17 @@ from otpipe.pipeline.jobs import EMPTY, JobHeader, Op
 from otpipe.pipeline.liveness import LivenessMonitor
 from otpipe.pipeline.placement import GATEWAY_RANK, Placement
 from otpipe.pipeline.stage import Stage
-from otpipe.pipeline.transport import Transport, choose_transport
-from otpipe.server.gateway import Gateway, ListenOptions
-from otpipe.server.lanes import Lane
+from otpipe.pipeline.transport import Transport, TransportKind, choose_transport
+from otpipe.server.gateway import Gateway, Listener, ListenOptions
+from otpipe.server.lanes import Lane, RankCall
 from otpipe.server.service import Audit, Service
+from otpipe.server.shutdown import EXIT_RANK_DIED, Shutdown
 
-EXIT_RANK_DIED = 70
+log = logging.getLogger("otpipe.serve")
+
 PROGRESS_PERIOD_S = 2.0
-
-Ask = Callable[[int, str], None]
-"""Ask this process to end with an exit code and a sentence."""
+NAME_THE_DEAD_S = 1.0
+"""A broken connection between ranks waits so long for liveness to say which rank it was."""
 
 
 @dataclass(frozen=True)
@@ -48,100 +50,139 @@ class RankOptions:
     listen: ListenOptions
 
 
-def serve_rank(options: RankOptions, ask: Ask) -> Callable[[], None]:
-    """Bring this rank up and serve in background threads.
+@dataclass(frozen=True)
+class RankPlan:
+    """Options that have been checked against the machine and the checkpoint.
 
-    Args:
-        ask: called from any thread when the rank has to end.
-
-    Returns:
-        What to call on the way out.
-
-    Raises:
-        OtpipeError: the rank cannot serve; the message says why.
+    Every rank comes to the same verdict here, before anything large is loaded.
     """
-    device = choose_device(options.device, options.local_rank)
-    if options.threads or device.type == "cpu":
-        torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
-    kind = choose_transport(device, options.transport)
-    checkpoint = Checkpoint.open(
-        options.model_dir
-    )  # every shape is checked before anything is loaded
-    placement = Placement.for_model(checkpoint.spec, options.world_size)
-    maps = checkpoint.load_maps(
-        placement.maps_of(options.rank), device, _LoadingProgress(options.rank)
-    )
-    stage = Stage(maps, checkpoint.spec.maps, device)
-    _say(
-        options.rank,
-        f"holds {len(maps)} of {len(checkpoint.spec.maps)} maps, "
-        f"{stage.weight_bytes / 1e6:.1f} MB of int8 weights on {device}",
-    )
-    transport = Transport(options.rank, options.world_size, device, kind)
-    liveness = LivenessMonitor(lambda _rank, sentence: ask(EXIT_RANK_DIED, sentence))
-    liveness.start(options.rank, options.world_size, transport.store, os.getpid())
-    if options.rank != GATEWAY_RANK:
-        _start_worker(stage, transport, ask)
-        return liveness.close
-    return _start_gateway(options, checkpoint, placement, stage, transport, liveness)
+
+    options: RankOptions
+    device: torch.device
+    transport: TransportKind
+    checkpoint: Checkpoint
+    placement: Placement
+    listener: Listener | None  # the gateway's
+
+    @classmethod
+    def check(cls, options: RankOptions) -> RankPlan:
+        """Check everything that can be checked without the other ranks.
+
+        Raises:
+            OtpipeError: the rank cannot serve; the message says why.
+        """
+        device = choose_device(options.device, options.local_rank)
+        transport = choose_transport(device, options.transport)
+        _check_device_share(transport)
+        checkpoint = Checkpoint.open(options.model_dir)
+        return cls(
+            options,
+            device,
+            transport,
+            checkpoint,
+            Placement.for_model(checkpoint.spec, options.world_size),
+            Listener(options.listen) if options.rank == GATEWAY_RANK else None,
+        )
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:
     """The one device of this process, made current.
 
     Raises:
-        UsageError: CUDA was asked for and is missing, or there are fewer devices than ranks.
+        UsageError: CUDA was asked for and is missing.
     """
     available = torch.cuda.is_available()
     if wanted == "cpu" or (wanted == "auto" and not available):
         return torch.device("cpu")
     if not available:
         raise UsageError("--device cuda: torch sees no CUDA device; use --device cpu or auto")
-    count = torch.cuda.device_count()
-    # Several ranks may share a device (gloo only); NCCL itself refuses that with a clear message.
-    device = torch.device("cuda", local_rank % count)
+    # Ranks beyond the number of devices share them, over gloo.
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
 
 
-def _start_worker(stage: Stage, transport: Transport, ask: Ask) -> None:
-    def run() -> None:
-        try:
-            transport.serve(GATEWAY_RANK, stage.handle)
-            ask(0, "")
-        except RankDied:
-            # The liveness monitor names the dead rank; give it time to speak first.
-            time.sleep(1.0)
-            ask(EXIT_RANK_DIED, "the gateway rank is gone")
-
-    threading.Thread(target=run, name="worker", daemon=True).start()
+def _check_device_share(transport: TransportKind) -> None:
+    if transport != "nccl":
+        return
+    ranks, count = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if ranks > count:
+        raise UsageError(
+            f"{ranks} ranks were started for {count} CUDA devices, and NCCL needs one for each; "
+            f"use --nproc_per_node={count}, or --transport gloo to share them"
+        )
 
 
-def _start_gateway(
-    options: RankOptions,
-    checkpoint: Checkpoint,
-    placement: Placement,
-    stage: Stage,
-    transport: Transport,
-    liveness: LivenessMonitor,
-) -> Callable[[], None]:
+def serve_rank(plan: RankPlan, shutdown: Shutdown) -> None:
+    """Join the other ranks, load this one's maps and serve, in background threads.
+
+    Liveness is up before the long loading begins: a rank that is killed there, for want of memory
+    as a rule, is named like any other.
+
+    Raises:
+        OtpipeError: this rank cannot serve; the message says why.
+    """
+    options, spec = plan.options, plan.checkpoint.spec
+    rank, device = options.rank, plan.device
+    if options.threads or device.type == "cpu":
+        torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
+    transport = _join(plan)
+    liveness = LivenessMonitor(
+        on_death=lambda _rank, sentence: shutdown.ask(EXIT_RANK_DIED, sentence, first_speaker=1),
+        on_goodbye=partial(_on_goodbye, shutdown),
+    )
+    shutdown.at_end(liveness.close)
+    liveness.start(rank, options.world_size, transport.store, os.getpid())
+    try:
+        maps = plan.checkpoint.load_maps(
+            plan.placement.maps_of(rank), device, _LoadingProgress(rank)
+        )
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise UsageError(
+            f"rank {rank} ran out of memory on {device} while loading: {error}; "
+            "start more ranks (torchrun --nproc_per_node), or free memory there"
+        ) from error
+    stage = Stage(maps, spec.maps, device)
+    _say(
+        rank,
+        f"holds {len(maps)} of {len(spec.maps)} maps, "
+        f"{stage.weight_bytes / 1e6:.1f} MB of int8 weights on {device}",
+    )
+    handle = _survivable(stage.handle, rank, device, shutdown)
+    if plan.listener is None:
+        worker = partial(_work, transport, handle, shutdown)
+        threading.Thread(target=worker, name="worker", daemon=True).start()
+        return
     lanes = [
-        Lane(rank, stage.handle if rank == GATEWAY_RANK else partial(transport.call, rank))
-        for rank in range(placement.world_size)
+        Lane(peer, handle if peer == rank else _remote(transport, peer, device, shutdown))
+        for peer in range(options.world_size)
     ]
-    audit = Audit() if options.audit else None
-    service = Service(_assemble_bundle(checkpoint, lanes), placement, lanes, audit)
-    gateway = Gateway(service, options.listen)
+    _open_gateway(plan, plan.listener, lanes, shutdown)
+
+
+def _join(plan: RankPlan) -> Transport:
+    options = plan.options
+    try:
+        return Transport(options.rank, options.world_size, plan.device, plan.transport)
+    except RuntimeError as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise RankDied(
+            f"rank {options.rank} could not join the others over {plan.transport}: {first_line}; "
+            "see that all ranks run and reach each other, or try --transport gloo"
+        ) from error
+
+
+def _open_gateway(
+    plan: RankPlan, listener: Listener, lanes: list[Lane], shutdown: Shutdown
+) -> None:
+    audit = Audit() if plan.options.audit else None
+    service = Service(_assemble_bundle(plan.checkpoint, lanes), plan.placement, lanes, audit)
+    gateway = Gateway(service, plan.options.listen, listener)
+    if audit is not None:
+        shutdown.at_end(lambda: _say(GATEWAY_RANK, audit.line()))
+    shutdown.at_end(gateway.close)
     gateway.start()
-    print(f"otpipe: ready on {options.listen.host}:{gateway.port}", flush=True)
-
-    def end() -> None:
-        gateway.close()
-        if audit is not None:
-            _say(GATEWAY_RANK, audit.line())
-        liveness.close()
-
-    return end
+    print(f"otpipe: ready on {gateway.address}", flush=True)
 
 
 def _assemble_bundle(checkpoint: Checkpoint, lanes: list[Lane]) -> ModelBundle:
@@ -158,6 +199,76 @@ def _assemble_bundle(checkpoint: Checkpoint, lanes: list[Lane]) -> ModelBundle:
         maps=tuple(public[linear_map.index] for linear_map in checkpoint.spec.maps),
         files=read_public_files(checkpoint.directory),
     )
+
+
+# -- a rank's work, and its end ------------------------------------------------------------------
+
+
+def _work(transport: Transport, handle: RankCall, shutdown: Shutdown) -> None:
+    try:
+        transport.serve(GATEWAY_RANK, handle)
+        shutdown.ask(0, "")
+    except RankDied as error:
+        _ask_later(shutdown, error)
+    except Exception as error:
+        log.exception("rank %d failed on an internal error", transport.rank)
+        shutdown.ask(EXIT_RANK_DIED, f"rank {transport.rank} died: {error!r}")
+
+
+def _survivable(handle: RankCall, rank: int, device: torch.device, shutdown: Shutdown) -> RankCall:
+    """``handle`` for any thread: a failed job costs its client, a failed device the whole rank."""
+
+    def run(job: JobHeader, payload: Tensor) -> tuple[JobHeader, Tensor]:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # what is current belongs to a thread, not a process
+        try:
+            return handle(job, payload)
+        except torch.AcceleratorError as error:
+            first_line = str(error).partition("\n")[0]
+            sentence = f"rank {rank} died: {device} failed ({first_line}); start the server again"
+            shutdown.ask(EXIT_RANK_DIED, sentence)
+            raise RankDied(sentence) from error
+        except Exception as error:
+            log.exception("rank %d could not do job %s", rank, job)
+            text = f"rank {rank} failed on {error!r}; the server's log says more"
+            return JobHeader(Op.FAILED), torch.frombuffer(
+                bytearray(text.encode()), dtype=EMPTY.dtype
+            )
+
+    return run
+
+
+def _remote(transport: Transport, peer: int, device: torch.device, shutdown: Shutdown) -> RankCall:
+    """Jobs for another rank; if it is gone, so is the server."""
+
+    def run(job: JobHeader, payload: Tensor) -> tuple[JobHeader, Tensor]:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        try:
+            return transport.call(peer, job, payload)
+        except RankDied as error:
+            _ask_later(shutdown, error)
+            raise
+
+    return run
+
+
+def _ask_later(shutdown: Shutdown, error: RankDied) -> None:
+    """End, after liveness has had the time to say better who died."""
+    timer = threading.Timer(
+        NAME_THE_DEAD_S, shutdown.ask, (EXIT_RANK_DIED, str(error)), {"first_speaker": 1}
+    )
+    timer.daemon = True
+    timer.start()
+
+
+def _on_goodbye(shutdown: Shutdown, rank: int, sentence: str) -> None:
+    if rank == GATEWAY_RANK:
+        shutdown.ask(0, "")  # it has said why itself
+        return
+    # Stopped together with this rank, as a rule, whose own signal then speaks first.
+    time.sleep(NAME_THE_DEAD_S)
+    shutdown.ask(EXIT_RANK_DIED, sentence)
 
 
 class _LoadingProgress:

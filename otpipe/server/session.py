@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from otpipe.crypto.noise import choose_upload_bytes
 from otpipe.crypto.params import RlweParams, params_for_ring
-from otpipe.errors import ConnectionLost, OtpipeError, ProtocolError
+from otpipe.errors import ConnectionLost, OtpipeError, ProtocolError, RankDied
 from otpipe.model.spec import LinearMap
 from otpipe.pipeline.jobs import JobHeader, Op
 from otpipe.protocol.messages import (
@@ -26,17 +27,21 @@ from otpipe.protocol.messages import (
     OleAnswer,
     OleBegin,
     OleBlock,
+    OleReady,
     Ping,
     Pong,
     Result,
     max_linear_rows,
     send_message,
 )
-from otpipe.protocol.wire import FrameConnection, Header, IdlePeer
+from otpipe.protocol.wire import MIN_BYTES_PER_S, FrameConnection, Header, IdlePeer
 from otpipe.server.lanes import Lane
 from otpipe.server.service import Service
 
 log = logging.getLogger("otpipe.server")
+
+SLACK_S = 30.0
+"""Waiting that an exchange of any size may cost the server, beyond what its bytes take."""
 
 
 @dataclass
@@ -48,11 +53,12 @@ class _OleState:
     linear_map: LinearMap
     params: RlweParams
     upload_bytes: int
+    patience_s: float  # how much longer the server will wait for blocks, all of them together
     next_coordinate: int = 0
 
 
 class ClientSession:
-    """Serve one connection until it ends.
+    """Serve one connection until it ends; whoever made the connection closes it.
 
     Args:
         connection: frames of this client.
@@ -68,32 +74,53 @@ class ClientSession:
         self._idle_timeout_s = idle_timeout_s
         self._ole: _OleState | None = None
         self._greeted = False
+        self._waiting_since_s = 0.0
 
     def run(self) -> None:
         """Answer requests until the client leaves or breaks the protocol."""
         try:
             while True:
-                # Between the blocks of a begun exchange the client holds memory on a rank, so it
-                # gets the short stall timeout there and the long idle timeout elsewhere.
-                patience = None if self._ole else self._idle_timeout_s
-                message_type, header, announced = self._connection.receive_head(patience)
+                self._waiting_since_s = time.monotonic()
+                message_type, header, announced = self._connection.receive_head(self._patience_s())
                 self._dispatch(message_type, header, announced)
         except IdlePeer as error:
-            self._refuse(f"{error}; reconnect to go on")
+            # No word to the client: an ERROR would wait in its buffer and be taken for the answer
+            # to its next request. A closed connection makes it reconnect.
+            log.info("client dropped: %s", error)
         except ConnectionLost as error:
-            log.debug("client left: %s", error)
+            log.info("client left: %s", error)
+        except RankDied as error:
+            # No word to the client: it takes a closed connection for a lost server, and goes on
+            # with a replica or with this server's next life.
+            log.info("client dropped: %s", error)
         except OtpipeError as error:
             log.warning("client refused: %s", error)
             self._refuse(str(error))
+        except Exception:
+            # One client's misfortune must not end the service for the others.
+            log.exception("a client's session ended on an internal error")
+            self._refuse("the server failed on an internal error; its log says more")
         finally:
             self._drop_ole()
-            self._connection.close()
+
+    def _patience_s(self) -> float | None:
+        """How long to wait for the next frame; None is the short stall timeout.
+
+        That is enough before the greeting, and for a client that holds a rank's memory: between
+        the blocks of an exchange, whose blocks together also have to keep a lowest pace.
+        """
+        if self._ole is not None and self._ole.patience_s < 0:
+            raise ProtocolError(
+                f"the blocks of {self._ole.linear_map.name} came more slowly than "
+                f"{MIN_BYTES_PER_S} bytes/s; prepare over a faster line"
+            )
+        return self._idle_timeout_s if self._greeted and self._ole is None else None
 
     def _refuse(self, text: str) -> None:
         try:
             send_message(self._connection, Error(text[:1000]))
         except ConnectionLost:
-            log.debug("the refused client was already gone")
+            log.info("the refused client was already gone")
 
     def _dispatch(self, message_type: int, header: Header, announced: int) -> None:
         if not self._greeted and message_type != MessageType.HELLO:
@@ -177,8 +204,9 @@ class ClientSession:
                 f"{linear_map.name}; its noise budget calls for {due}"
             )
         lane = self._service.lane_of(linear_map.index)
-        lane.ole_slots.acquire()
-        self._ole = _OleState(lane, lane.new_session(), linear_map, params, due)
+        lane.ole_slots.acquire()  # the client waits for OLE_READY, so it may take its time
+        upload_s = linear_map.in_features * params.ring_degree * due / MIN_BYTES_PER_S
+        self._ole = _OleState(lane, lane.new_session(), linear_map, params, due, SLACK_S + upload_s)
         a_key = torch.frombuffer(bytearray(request.a_key), dtype=torch.uint8)
         lane.call(
             JobHeader(
@@ -186,6 +214,7 @@ class ClientSession:
             ),
             a_key,
         )
+        send_message(self._connection, OleReady(linear_map.index))
 
     def _ole_block(self, block: OleBlock, announced: int) -> None:
         state = self._ole
@@ -200,6 +229,7 @@ class ClientSession:
                 f"{state.next_coordinate} to at most {state.next_coordinate + most}"
             )
         payload = self._connection.receive_payload(announced, block.count * coordinate_bytes)
+        state.patience_s -= time.monotonic() - self._waiting_since_s
         self._service.audit(payload)
         state.lane.call(
             JobHeader(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import combinations, pairwise
+from itertools import pairwise
 
 import msgpack
 import numpy as np
@@ -150,10 +150,8 @@ def distinguishable(a: Bytes, b: Bytes, what: str, *, period: int = 1) -> list[s
 def repeated_blocks(payloads: Sequence[bytes], what: str) -> list[str]:
     """Whether any aligned 16-byte block occurs twice, within one payload or in two."""
     whole = b"".join(p[: len(p) // BLOCK_BYTES * BLOCK_BYTES] for p in payloads)
-    blocks = np.frombuffer(whole, np.dtype("V16"))
-    order = np.sort(np.frombuffer(whole, "<c16"))  # any total order on the 16 bytes would do
-    del order
-    distinct = len(set(blocks.tolist()))
+    blocks = np.frombuffer(whole, np.dtype([("low", "<u8"), ("high", "<u8")]))
+    distinct = len(np.unique(blocks))
     if distinct == len(blocks):
         return []
     return [f"{what}: {len(blocks) - distinct} of {len(blocks)} 16-byte blocks are repetitions"]
@@ -264,14 +262,12 @@ def exchange_outlines(recordings: Sequence[Recording]) -> list[tuple[Outline, Ou
         up = _split(outline(recording.to_server), MessageType.OLE_BEGIN)
         down = outline(recording.to_client)[1:]  # after WELCOME
         for part in up:
-            (header,) = (msgpack.unpackb(part[0][0][PREFIX.size :]),)
-            mine = [
-                entry
-                for entry in down
-                if msgpack.unpackb(entry[0][PREFIX.size :])["map_index"] == header["map_index"]
-            ]
-            exchanges.append((part, mine))
+            exchanges.append((part, [answer for answer in down if _map(answer) == _map(part[0])]))
     return sorted(exchanges)
+
+
+def _map(frame: tuple[bytes, int]) -> int:
+    return int(msgpack.unpackb(frame[0][PREFIX.size :])["map_index"])
 
 
 def _split(parts: Outline, begin: MessageType) -> list[Outline]:
@@ -313,7 +309,7 @@ def changed_resends(recordings: Sequence[Recording]) -> list[str]:
     return findings
 
 
-def resent(recordings: Sequence[Recording]) -> list[Frame]:
+def masked_requests(recordings: Sequence[Recording]) -> list[Frame]:
     """All complete masked requests of a client in order, with repetitions."""
     return [
         frame
@@ -321,6 +317,11 @@ def resent(recordings: Sequence[Recording]) -> list[Frame]:
         for frame in Recording.frames(recording.to_server)
         if frame.type == MessageType.LINEAR
     ]
+
+
+def without_repetitions(frames: Sequence[Frame]) -> list[Frame]:
+    """``frames`` without those that equal the one before, header and payload."""
+    return [f for i, f in enumerate(frames) if i == 0 or f != frames[i - 1]]
 
 
 def _pending(recording: Recording) -> bytes | None:
@@ -345,12 +346,3 @@ def _first_linear(data: bytes) -> int | None:
             return at
         at += PREFIX.size + head + payload
     return None
-
-
-def payload_pairs(frames: Sequence[Frame]) -> list[tuple[int, int]]:
-    """Numbers of frames with equal header and equal payload: byte-for-byte repetitions."""
-    return [
-        (i, j)
-        for (i, a), (j, b) in combinations(enumerate(frames), 2)
-        if a.header == b.header and a.payload == b.payload
-    ]

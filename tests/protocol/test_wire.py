@@ -192,5 +192,6 @@ def test_message_numbers_never_change() -> None:
         "RESULT": 130,
         "OLE_ANSWER": 131,
         "PONG": 132,
+        "OLE_READY": 133,
         "ERROR": 255,
     }
