@@ -15,6 +15,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +49,10 @@ def baseline(
 
     def generate(prompt: int, new: int) -> float:
         ids = torch.tensor([prompt_of(prompt, vocabulary)], device=device)
-        return harness.timed(
-            lambda: model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=new,
-                min_new_tokens=new,
-                do_sample=False,
-                pad_token_id=0,
-            ),
-            device,
-        )
+        options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+        mask = torch.ones_like(ids)
+        generate = partial(model.generate, ids, attention_mask=mask, pad_token_id=0, **options)
+        return harness.timed(generate, device)
 
     generate(DECODE_PROMPT_TOKENS, 4)  # warm-up
     rates = []
@@ -285,8 +279,8 @@ def table(result: dict[str, Any]) -> str:
 Preparation: {preparation["slots"]} slots in {preparation["seconds"]:.1f} s, \
 {preparation["slots_per_s"]:.1f} slots/s, {preparation["bytes_up_a_slot"] / 1e6:.2f} MB up and \
 {preparation["bytes_down_a_slot"] / 1e6:.2f} MB down a slot.
-Limit of a decode step: {limit["weights_s"] * 1e3:.1f} ms to read {limit["weight_bytes"] / 1e9:.2f} GB \
-of weights at {limit["copy_bandwidth_bytes_per_s"] / 1e9:.0f} GB/s, \
+Limit of a decode step: {limit["weights_s"] * 1e3:.1f} ms to read \
+{limit["weight_bytes"] / 1e9:.2f} GB of weights at {limit["copy_bandwidth_bytes_per_s"] / 1e9:.0f} GB/s, \
 {limit["round_trips_s_at_40_us"] * 1e3:.1f} ms for the round trips at 40 us each."""
 
 

@@ -26,7 +26,6 @@ from otpipe.protocol.fixed_point import mask_activations, open_outputs
 from otpipe.protocol.messages import Linear, MessageType, Result, max_linear_rows
 from otpipe.protocol.wire import Header
 
-
 _SINGLE_THREAD_WORK = 1 << 22
 """Products of one attention below which one thread does it."""
 

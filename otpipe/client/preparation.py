@@ -49,7 +49,9 @@ MIN_BATCH_SLOTS = 64
 need a larger one: packing many outputs into one ciphertext adds up their noise."""
 
 BLOCK_COORDINATES = 128
-EXCHANGES_AT_ONCE = 2
+EXCHANGES_AT_ONCE = min(4, max(2, (os.cpu_count() or 1) // 4))
+"""Enough to keep client, network and server busy at once; each holds the memory stated above."""
+
 MAX_TRIES_A_MAP = 5
 QUEUE_TIMEOUT_S = 3600.0
 """How long an exchange waits for its turn on a rank that prepares for other clients."""

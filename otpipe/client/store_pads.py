@@ -18,7 +18,7 @@ from otpipe.client.store_layout import MapShape, ModelLayout
 from otpipe.crypto.randomness import derive_key, keystream
 
 _WINDOW_BYTES = 64 << 20  # of one tile of pads kept during preparation
-_NUM_WINDOWS = 2
+_NUM_WINDOWS = 4  # exchanges under way at once, at most
 _KEYSTREAM_NONCE = 0  # the key is used for this purpose only
 _SHORT_BYTES = 64 << 10  # below, setting up a counter-mode object costs more than its output
 

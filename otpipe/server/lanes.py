@@ -23,7 +23,7 @@ from otpipe.protocol.messages import MAX_LINEAR_BYTES, MAX_LINEAR_ROWS
 RankCall = Callable[[JobHeader, Tensor], tuple[JobHeader, Tensor]]
 """Do one job on the lane's rank: directly for the gateway's own, over the transport for others."""
 
-MAX_OLE_SESSIONS_PER_RANK = 2
+MAX_OLE_SESSIONS_PER_RANK = 4
 """Preprocessing sessions that may hold memory on one rank at a time; further ones wait."""
 
 
