@@ -65,7 +65,9 @@ def seconds_to_end(server: TorchrunServer, act: Callable[[], object]) -> float:
     server.wait(40)
     _, alive = psutil.wait_procs(processes, timeout=max(0.1, END_LIMIT_S))
     assert not alive
-    return time.monotonic() - started_s
+    took_s = time.monotonic() - started_s
+    print(f"ended after {took_s:.2f} s")
+    return took_s
 
 
 def otpipe_lines(server: TorchrunServer) -> list[str]:
@@ -123,7 +125,7 @@ def test_a_killed_rank_ends_the_server(model: Path, expected: list[int], tmp_pat
             tokens = client.generate_ids(PROMPT, 50)
             next(tokens)
             took_s = seconds_to_end(server, lambda: os.kill(pid, signal.SIGKILL))
-            with pytest.raises(OtpipeError, match="no server at .* answered within 1 s"):
+            with pytest.raises(OtpipeError, match=r"no server at .* answered within 1 s"):
                 list(tokens)
         lines = otpipe_lines(server)
     assert took_s < END_LIMIT_S
@@ -215,7 +217,7 @@ def test_every_rank_finds_the_same_fault_and_one_says_it(model: Path) -> None:
 def test_an_unknown_option_is_said_once(model: Path) -> None:
     process = start_torchrun(model, 2, "--prot=0")
     out, _ = process.communicate(timeout=90)
-    assert out.count("No such option: --prot") == 1, out
+    assert out.count("No such option") == 1, out
     assert process.returncode != 0
 
 

@@ -148,12 +148,12 @@ class ServerLink:
             ProtocolError: the server's answer is not what was asked for.
             ConnectionLost: no server with these weights came back within ``retry_for_s``.
         """
-        refused = False
         failing_since_s: float | None = None
         pause_s = FIRST_RETRY_S
         while True:
+            connection = self._live()  # its search for a server is not to be repeated below
             try:
-                send_message(self._live(), message, payload)
+                send_message(connection, message, payload)
                 if meanwhile is not None:
                     meanwhile()
                     meanwhile = None
@@ -240,7 +240,7 @@ class ServerLink:
             self.traffic.frames_received + live.frames_received,
         )
 
-    def _restore(self, cause: ConnectionLost | ServerRefused | None) -> None:
+    def _restore(self, cause: ConnectionLost | None) -> None:
         """Connect to the first server that answers, until ``retry_for_s`` is over."""
         self._drop()
         deadline = time.monotonic() + self._options.retry_for_s

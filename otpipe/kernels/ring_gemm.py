@@ -13,7 +13,9 @@ representative; outputs are the signed residue in [-2^(k-1), 2^(k-1)).
 from __future__ import annotations
 
 import functools
+import importlib
 import threading
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -53,6 +55,10 @@ def ring_gemm(x: Tensor, weight: Tensor, bits: int) -> Tensor:
     num_rows, m = x.shape[0], weight.shape[0]
     if num_rows == 1 and not x.is_cuda and (weight.is_contiguous() or weight.t().is_contiguous()):
         return _gemv(x, weight, bits)
+    if x.is_cuda and storage is torch.int32 and 1 in weight.stride():
+        fused = _triton_gemv()
+        if fused is not None and 1 <= num_rows <= fused.MAX_ROWS:
+            return _sign_extended(fused.gemv(x, weight), bits)
     out = torch.empty((num_rows, m), dtype=storage, device=x.device)
     num_planes = num_digits(bits)
     tile = _CUDA_TILE_ELEMENTS if x.is_cuda else _CPU_TILE_ELEMENTS
@@ -120,8 +126,7 @@ def combine_planes_torch(products: Tensor, bits: int) -> Tensor:
     total = products[0].to(storage_dtype(bits), copy=True)
     for i in range(1, products.shape[0]):
         total.add_(products[i].to(total.dtype), alpha=1 << (8 * i))
-    unused = 8 * total.element_size() - bits
-    return (total << unused) >> unused if unused else total
+    return _sign_extended(total, bits)
 
 
 def int8_matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -191,10 +196,22 @@ def _gemv(x: Tensor, weight: Tensor, bits: int) -> Tensor:
         kernel = cpu.gemv_columns_int32 if narrow else cpu.gemv_columns_int64
         num_parts = max(1, min(torch.get_num_threads(), weight.shape[1] // 64))
         cpu.on_team(kernel, weight.t().numpy(), source, target, num_parts)
-    unused = 8 * out.element_size() - bits
-    if unused:
-        out = (out << unused) >> unused
-    return out.view(1, m)
+    return _sign_extended(out, bits).view(1, m)
+
+
+def _sign_extended(values: Tensor, bits: int) -> Tensor:
+    """The signed residue mod 2^bits of every element."""
+    unused = 8 * values.element_size() - bits
+    return (values << unused) >> unused if unused else values
+
+
+@functools.cache
+def _triton_gemv() -> ModuleType | None:
+    """The fused CUDA kernel, where Triton is installed."""
+    try:
+        return importlib.import_module("otpipe.kernels.gemv_triton")
+    except ImportError:
+        return None
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,7 +95,7 @@ def test_greedy_text_is_that_of_the_plaintext_model(
     assert private == plain
 
 
-WIDE = {
+WIDE: dict[str, Any] = {
     "hidden_size": 1024,
     "intermediate_size": 3000,
     "num_heads": 16,

@@ -105,13 +105,16 @@ def test_a_cut_inside_a_message_changes_nothing(
 def test_many_cuts_during_one_generation(
     proxy: CuttingProxy, expected: list[int], tmp_path: Path
 ) -> None:
-    """Also inside the greetings of the restored connections."""
+    """Also inside the greetings of the restored connections. Most messages get through."""
     with Client(proxy.address, tmp_path) as client:
         client.prepare(64)
+        tokens = client.generate_ids(PROMPT, NUM_TOKENS)
+        received = [next(tokens)]  # a prompt's requests are larger than the distance of the cuts
         proxy.cut_upward(*range(500, 60_000, 1301))
         proxy.cut_downward(*range(700, 60_000, 1709))
-        assert list(client.generate_ids(PROMPT, NUM_TOKENS)) == expected
-        assert proxy.cuts > 50
+        received += tokens
+        assert received == expected
+        assert proxy.cuts > 40
         assert client.last is not None
         assert client.last.finish_reason == "length"
         assert client.last.stats.slots_used == POSITIONS
@@ -252,14 +255,25 @@ def test_a_server_that_stays_away_ends_the_generation_in_time(
         client._link.request(Ping(), b"", MessageType.PONG, lambda header: 0)
 
 
-def test_a_refusal_is_final_the_second_time(proxy: CuttingProxy, tmp_path: Path) -> None:
-    """The first one may be the farewell to an idle line, so the same bytes are sent once more."""
-    with (
-        Client(proxy.address, tmp_path) as client,
-        pytest.raises(ServerRefused, match="map 99 was asked for; this model has 0 to"),
-    ):
-        client._link.request(Linear(99, 1), b"1234", MessageType.RESULT, lambda header: 4)
-    assert requests(proxy.recordings) == [b"1234", b"1234"]
+def test_a_refusal_is_passed_on_and_the_next_request_works(
+    server: LocalServer, expected: list[int], tmp_path: Path
+) -> None:
+    with Client(server.address, tmp_path) as client:
+        with pytest.raises(ServerRefused, match="map 99 was asked for; this model has 0 to"):
+            client._link.request(Linear(99, 1), b"1234", MessageType.RESULT, lambda header: 4)
+        client.prepare(64)
+        assert list(client.generate_ids(PROMPT, NUM_TOKENS)) == expected
+
+
+def test_a_server_that_only_greets_is_given_up(proxy: CuttingProxy, tmp_path: Path) -> None:
+    """It accepts connections and drops requests; the client does not go round for ever."""
+    with Client(proxy.address, tmp_path, retry_for_s=1.0) as client:
+        client.prepare(64)
+        proxy.cut_downward(*range(1, 400_000, 400))  # more than WELCOME, less than an answer
+        started_s = time.monotonic()
+        with pytest.raises(ConnectionLost):
+            client.forward(PROMPT)
+        assert time.monotonic() - started_s < 6
 
 
 def test_no_server_at_all(tmp_path: Path) -> None:

@@ -271,3 +271,24 @@ class TestParallelFor:
         for thread in threads:
             thread.join(timeout=60)
         assert totals == [1600] * 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [8, 20, 32])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (7, 33), (129, 1025), (300, 4100), (5, 70_001)])
+def test_fused_cuda_gemv_equals_digits(bits: int, rows: int, m: int, n: int) -> None:
+    """The Triton kernel against its plain-torch twin, for both weight layouts."""
+    fused = pytest.importorskip("otpipe.kernels.gemv_triton")
+    x = torch.randint(-(2**31), 2**31, (rows, n), dtype=torch.int64).to(torch.int32)
+    x[:, 0] = -(2**31)
+    weight = torch.randint(-128, 128, (m, n), dtype=torch.int8)
+    weight[0] = -128
+    planes = digit_planes(x, 32)
+    products = int8_matmul(planes.view(-1, n), weight.t().contiguous())
+    want = combine_planes(products.view(4, rows, m).to(torch.int32), 32)
+    for layout in (weight, weight.t().contiguous().t()):
+        assert torch.equal(fused.gemv(x.cuda(), layout.cuda()).cpu(), want)
+        assert torch.equal(
+            ring_gemm(x.cuda(), layout.cuda(), bits).cpu(), ring_gemm(x, layout, bits)
+        )

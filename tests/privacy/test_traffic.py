@@ -185,6 +185,24 @@ def test_the_shape_of_a_conversation_depends_on_lengths_only(
     assert different_outlines(outline(runs[0][0].to_server), outline(shorter[0].to_server), "sent")
 
 
+def test_a_hidden_length_shows_the_limit_only(server: LocalServer, tmp_path: Path) -> None:
+    """Answers that end at once, later and never; without ``hide_length`` the end can be seen."""
+    outlines = []
+    with watched(server.address, tmp_path / "first") as seen:
+        answer = list(seen.client.generate_ids(OUTLIER_TOKENS, 10))
+    stops: list[tuple[int, ...]] = [(), (answer[0],), (next(t for t in answer if t != answer[0]),)]
+    for number, stop in enumerate([*stops, stops[1]]):
+        with watched(server.address, tmp_path / str(number)) as seen:
+            hide = number < len(stops)
+            list(
+                seen.client.generate_ids(OUTLIER_TOKENS, 10, stop_token_ids=stop, hide_length=hide)
+            )
+            outlines.append(outline(seen.online.to_server))
+    assert different_outlines(outlines[0], outlines[1], "sent") == []
+    assert different_outlines(outlines[0], outlines[2], "sent") == []
+    assert different_outlines(outlines[0], outlines[3], "sent")
+
+
 def test_only_known_messages_are_sent(server: LocalServer, tmp_path: Path) -> None:
     """Each request type is constant but for the payloads and a_key that other tests judge."""
     recordings = conversation(server.address, tmp_path, SAME_TOKEN[:20], 4)

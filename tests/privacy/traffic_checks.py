@@ -33,7 +33,7 @@ MIN_EXPECTED = 5.0
 WORD_BYTES = 8
 BLOCK_BYTES = 16
 
-Bytes = bytes | bytearray | NDArray[np.uint8]
+Bytes = bytes | bytearray
 
 
 def chi_square_limit(degrees: int) -> float:
@@ -284,7 +284,7 @@ def repeated_keys(recordings: Sequence[Recording]) -> list[str]:
         for frame in Recording.frames(recording.to_server)
         if frame.type == MessageType.OLE_BEGIN
     ]
-    again = len(keys) - len(set(map(bytes, keys)))  # type: ignore[call-overload]
+    again = len(keys) - len(set(keys))
     return [f"{again} of {len(keys)} a_keys are repetitions"] if again else []
 
 

@@ -227,6 +227,8 @@ def test_an_exchange_leaves_no_memory_and_the_connection_in_use(
     linear_map = server.bundle.spec.maps[map_index]
     offer = honest_ole(server.bundle, map_index)
     with raw_client(server.gateway.port, *upload(offer)) as client:
+        message_type, header = client.answer()
+        assert (message_type, header) == (MessageType.OLE_READY, {"map_index": map_index})
         groups = 0
         while groups < linear_map.out_features:
             message_type, header = client.answer()

@@ -23,7 +23,6 @@ from served import (
     QKV,
     STALL_S,
     assert_serves,
-    refused,
     upload,
 )
 from servers import LocalServer
@@ -62,25 +61,25 @@ def test_drip_inside_a_frame(server: LocalServer) -> None:
 def test_says_nothing_at_all(server: LocalServer) -> None:
     """Before the greeting the short timeout holds, so that mute peers cannot fill the server."""
     started_s = time.monotonic()
-    text = refused(server, greet=False)
-    assert "sent nothing for" in text
+    with raw_client(server.gateway.port, greet=False) as client:
+        assert client.is_closed_by_server()
     assert time.monotonic() - started_s < STALL_S + 1
 
 
 def test_idle_after_the_greeting(server: LocalServer) -> None:
+    """Closed without a word, which a client that comes back would take for its answer."""
     started_s = time.monotonic()
-    text = refused(server)
-    assert "sent nothing for" in text
-    assert "reconnect to go on" in text
+    with raw_client(server.gateway.port) as client:
+        assert client.is_closed_by_server()
     assert IDLE_S <= time.monotonic() - started_s < IDLE_S + 1
 
 
 def test_idle_inside_an_exchange(server: LocalServer) -> None:
     """A client that holds a rank's memory gets the short timeout."""
-    offer = honest_ole(server.bundle, QKV)
     started_s = time.monotonic()
-    text = refused(server, *upload(offer, 20))
-    assert "sent nothing for" in text
+    with raw_client(server.gateway.port, *upload(honest_ole(server.bundle, QKV), 20)) as client:
+        assert client.answer()[0] == MessageType.OLE_READY
+        assert client.is_closed_by_server()
     assert time.monotonic() - started_s < STALL_S + 1
 
 
@@ -121,7 +120,21 @@ def test_vanished_exchanges_do_not_use_up_the_slots(server: LocalServer) -> None
         with raw_client(server.gateway.port, *upload(offer, 10)):
             pass
     with raw_client(server.gateway.port, *upload(offer)) as client:
+        assert client.answer()[0] == MessageType.OLE_READY
         assert client.answer()[0] == MessageType.OLE_ANSWER
+
+
+def test_vanish_while_waiting_for_a_slot(server: LocalServer) -> None:
+    """Who is gone when its turn comes gives the turn on."""
+    offer = honest_ole(server.bundle, QKV)
+    holders = [RawClient(server.gateway.port) for _ in range(MAX_OLE_SESSIONS_PER_RANK)]
+    for holder in holders:
+        holder.send(HELLO, *upload(offer, 10))
+    assert eventually(lambda: len(server.stages[0]._evaluators) == len(holders))
+    with raw_client(server.gateway.port, message_frame(offer.begin)):
+        pass
+    for holder in holders:
+        holder.close()
 
 
 def test_a_waiting_exchange_gets_the_slot_of_one_that_stalls(server: LocalServer) -> None:
@@ -131,6 +144,7 @@ def test_a_waiting_exchange_gets_the_slot_of_one_that_stalls(server: LocalServer
         holder.send(HELLO, *upload(offer, 10))
     assert eventually(lambda: len(server.stages[0]._evaluators) == len(holders))
     with raw_client(server.gateway.port, *upload(offer)) as client:
+        assert client.answer()[0] == MessageType.OLE_READY
         assert client.answer()[0] == MessageType.OLE_ANSWER
     for holder in holders:
         holder.close()

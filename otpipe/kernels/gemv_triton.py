@@ -1,0 +1,92 @@
+"""A few ring elements times an int8 matrix on CUDA, in one launch that reads the weight once.
+
+A decode step is bound by reading the weight, so int32 multiply-accumulate on the plain cores is
+fast enough and needs neither digits nor padding to the tensor cores' shapes. Arithmetic wraps
+modulo 2^32, which is the ring. The plain-torch twin is the digit path of
+:func:`otpipe.kernels.ring_gemm.ring_gemm`.
+
+Shape suffixes: T rows, n inputs, m outputs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_ROWS = 4
+"""More rows than this are better off on the tensor cores."""
+
+_ROW_BLOCK_M = 4
+_ROW_BLOCK_N = 1024
+_COLUMN_BLOCK_M = 256
+_COLUMN_BLOCK_N = 16
+_COLUMN_SPLIT = 512  # inputs summed by one program before it adds to the output
+
+
+@triton.jit
+def _row_major_kernel(  # type: ignore[no-untyped-def]
+    weight, x, out, m, n, stride, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """out[t, i] = sum_j weight[i, j] x[t, j]; the weight's rows are contiguous."""
+    i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    t = tl.arange(0, ROWS)
+    total = tl.zeros((ROWS, BLOCK_M), dtype=tl.int32)
+    row_start = weight + i.to(tl.int64)[:, None] * stride
+    for first in range(0, n, BLOCK_N):
+        j = first + tl.arange(0, BLOCK_N)
+        inside = (i < m)[:, None] & (j < n)[None, :]
+        w = tl.load(row_start + j[None, :], mask=inside, other=0).to(tl.int32)
+        values = tl.load(x + t[:, None] * n + j[None, :], mask=(j < n)[None, :], other=0)
+        total += tl.sum(w[None, :, :] * values[:, None, :], axis=2)
+    tl.store(out + t[:, None] * m + i[None, :], total, mask=(i < m)[None, :])
+
+
+@triton.jit
+def _column_major_kernel(  # type: ignore[no-untyped-def]
+    weight, x, out, m, n, stride, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """out[t, i] += sum over this program's j of weight[i, j] x[t, j]; columns are contiguous."""
+    i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    start = tl.program_id(1) * SPLIT
+    t = tl.program_id(2)
+    total = tl.zeros((BLOCK_M,), dtype=tl.int32)
+    for first in range(start, start + SPLIT, BLOCK_N):
+        j = first + tl.arange(0, BLOCK_N)
+        inside = (j < n)[:, None] & (i < m)[None, :]
+        w = tl.load(weight + j.to(tl.int64)[:, None] * stride + i[None, :], mask=inside, other=0)
+        values = tl.load(x + t * n + j, mask=j < n, other=0)
+        total += tl.sum(w.to(tl.int32) * values[:, None], axis=0)
+    tl.atomic_add(out + t * m + i, total, mask=i < m)
+
+
+def gemv(x: Tensor, weight: Tensor) -> Tensor:
+    """W x mod 2^32 for every row of ``x``.
+
+    Args:
+        x: int32 (T, n) on CUDA, T <= MAX_ROWS.
+        weight: int8 (m, n) on the same device, rows or columns contiguous.
+
+    Returns:
+        int32 (T, m).
+    """
+    rows, n = x.shape
+    m = weight.shape[0]
+    x = x.contiguous()
+    if weight.stride(1) == 1:
+        padded = 1 << (rows - 1).bit_length()
+        if padded != rows:
+            x = torch.nn.functional.pad(x, (0, 0, 0, padded - rows))
+        out = torch.empty((padded, m), dtype=torch.int32, device=x.device)
+        grid = (triton.cdiv(m, _ROW_BLOCK_M),)
+        _row_major_kernel[grid](
+            weight, x, out, m, n, weight.stride(0), padded, _ROW_BLOCK_M, _ROW_BLOCK_N
+        )
+        return out[:rows]
+    out = torch.zeros((rows, m), dtype=torch.int32, device=x.device)
+    grid = (triton.cdiv(m, _COLUMN_BLOCK_M), triton.cdiv(n, _COLUMN_SPLIT), rows)
+    _column_major_kernel[grid](
+        weight, x, out, m, n, weight.stride(1), _COLUMN_SPLIT, _COLUMN_BLOCK_M, _COLUMN_BLOCK_N
+    )
+    return out
