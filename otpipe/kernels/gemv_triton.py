@@ -79,8 +79,7 @@ def gemv(x: Tensor, weight: Tensor) -> Tensor:
         if padded != rows:
             x = torch.nn.functional.pad(x, (0, 0, 0, padded - rows))
         out = torch.empty((padded, m), dtype=torch.int32, device=x.device)
-        grid = (triton.cdiv(m, _ROW_BLOCK_M),)
-        _row_major_kernel[grid](
+        _row_major_kernel[(triton.cdiv(m, _ROW_BLOCK_M),)](
             weight, x, out, m, n, weight.stride(0), padded, _ROW_BLOCK_M, _ROW_BLOCK_N
         )
         return out[:rows]

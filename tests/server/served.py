@@ -25,7 +25,7 @@ from otpipe.protocol.messages import (
 )
 from otpipe.server.lanes import MAX_OLE_SESSIONS_PER_RANK
 
-MAX_CLIENTS = 4
+MAX_CLIENTS = MAX_OLE_SESSIONS_PER_RANK + 2
 STALL_S = 0.6
 IDLE_S = 1.5
 QKV = 1  # map index; layer 0, so rank 0
