@@ -21,7 +21,7 @@ from otpipe.client.masked_executor import MaskedExecutor
 from otpipe.client.preparation import PreparationReport, Progress, prepare_slots
 from otpipe.client.prompt import PromptEncoder
 from otpipe.client.sampling import Sampler, SamplingParams
-from otpipe.client.store import MapShape, PadStore
+from otpipe.client.store import MapShape, PadStore, SlotDamaged
 from otpipe.client.text_stream import TextStream
 from otpipe.errors import ConnectionLost, FingerprintMismatch, ProtocolError, UsageError
 from otpipe.model.bundle import ModelBundle
@@ -36,6 +36,9 @@ PREFILL_ROWS = 512
 """Prompt positions that go through the model at once; bounds the memory of a long prompt."""
 
 DEFAULT_BATCH_SLOTS = 2048
+
+MAX_DAMAGED_PASSES = 3
+"""Passes that may fail on damaged slots before the client gives up."""
 
 FinishReason = Literal["stop", "length", "connection_lost"]
 
@@ -205,7 +208,7 @@ class Client:
         self._ensure_slots(len(tokens))
         cache = self.executor.new_cache()
         parts = [
-            forward(self.executor, tokens[first : first + PREFILL_ROWS], cache, "all")
+            self._pass(tokens[first : first + PREFILL_ROWS], cache, "all")
             for first in range(0, max(1, len(tokens)), PREFILL_ROWS)
         ]
         return torch.cat([part for part in parts if part is not None])
@@ -337,13 +340,21 @@ class Client:
         finally:
             meter.stop()
 
+    def _pass(self, token_ids: list[int], cache: KVCache, wanted: LogitsFor) -> Tensor | None:
+        """One pass of the program; repeated on fresh slots where the disk lost a correction."""
+        for _ in range(MAX_DAMAGED_PASSES):
+            try:
+                return forward(self.executor, token_ids, cache, wanted)
+            except SlotDamaged as error:
+                log.warning("%s; repeating the pass with other slots", error)
+        return forward(self.executor, token_ids, cache, wanted)
+
     def _next_logits(self, token_ids: list[int], cache: KVCache) -> np.ndarray:
         """float32 (vocab,) after ``token_ids``; a long prompt goes in chunks."""
         for first in range(0, len(token_ids), PREFILL_ROWS):
             chunk = token_ids[first : first + PREFILL_ROWS]
             last = first + PREFILL_ROWS >= len(token_ids)
-            wanted: LogitsFor = "last" if last else "none"
-            logits = forward(self.executor, chunk, cache, wanted)
+            logits = self._pass(chunk, cache, "last" if last else "none")
         assert logits is not None
         return logits[0].numpy()
 

@@ -19,6 +19,7 @@ from otpipe.client.link import ServerLink
 from otpipe.client.store import PadStore
 from otpipe.client.store_lease import SlotLease
 from otpipe.errors import ProtocolError
+from otpipe.kernels.activations import rms_norm_rows
 from otpipe.model.bundle import ModelBundle
 from otpipe.model.clear_ops import ClearExecutor, KVCache
 from otpipe.model.spec import LinearMap
@@ -67,6 +68,11 @@ class MaskedExecutor(ClearExecutor):
             np.add(answer.reshape(correction_TH.shape), correction_TH, out=row_TH[part])
         scale_T = self._bundle.maps[linear_map.index].scale[torch.from_numpy(tokens_T)]
         return torch.from_numpy(row_TH.view(np.int8)).to(torch.float32).mul_(scale_T[:, None])
+
+    def rms_norm(self, x: Tensor, norm_name: str) -> Tensor:
+        """See :class:`otpipe.model.program.Executor`."""
+        gain = self._norms[norm_name].numpy()
+        return torch.from_numpy(rms_norm_rows(x.numpy(), gain, self.spec.rms_norm_eps))
 
     def attention(self, layer: int, qkv: Tensor, cache: KVCache) -> Tensor:
         """See :class:`otpipe.model.program.Executor`.

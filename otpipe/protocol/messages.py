@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from enum import IntEnum
+from functools import cache
 from typing import ClassVar, Self
 
 from otpipe.errors import ProtocolError
@@ -49,6 +50,12 @@ class MessageType(IntEnum):
     ERROR = 255
 
 
+@cache
+def _field_types(message: type[Message]) -> dict[str, str]:
+    """Name of the type of every field of a message."""
+    return {field.name: str(field.type) for field in fields(message)}
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """Base: a frozen set of ints, strings and byte strings that becomes a frame header."""
@@ -57,7 +64,7 @@ class Message:
 
     def header(self) -> Header:
         """The msgpack map of this message."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: getattr(self, name) for name in _field_types(type(self))}  # type: ignore[arg-type]
 
     @classmethod
     def parse(cls, header: Header) -> Self:
@@ -66,7 +73,7 @@ class Message:
         Raises:
             ProtocolError: a field is missing, unknown, of the wrong type or out of range.
         """
-        expected = {field.name: str(field.type) for field in fields(cls)}
+        expected = _field_types(cls)  # type: ignore[arg-type]
         if header.keys() != expected.keys():
             raise ProtocolError(
                 f"{cls.TYPE.name} has fields {sorted(header)}; expected {sorted(expected)}"

@@ -180,10 +180,13 @@ class Gateway:
             tune_socket(sock)
             if self._listener.tls is not None:
                 plain = sock
-                sock = self._listener.tls.wrap_socket(plain, server_side=True)
+                sock = self._listener.tls.wrap_socket(
+                    plain, server_side=True, do_handshake_on_connect=False
+                )
                 with self._lock:
                     self._sockets.discard(plain)
                     self._sockets.add(sock)
+                sock.do_handshake()
             connection = FrameConnection(sock, stall_timeout_s=stall_timeout_s)
             if full:
                 send_message(
@@ -195,10 +198,10 @@ class Gateway:
                 )
             else:
                 ClientSession(connection, self._service, self._options.idle_timeout_s).run()
-            self._linger(sock)
         except (ConnectionLost, OSError) as error:  # a failed TLS handshake
             log.info("client left: %s", error)
         finally:
+            self._linger(sock)
             self._forget(sock)
 
     def _linger(self, sock: socket.socket) -> None:

@@ -76,3 +76,19 @@ def test_forward_is_float32_with_a_row_a_token(
         assert logits.dtype == torch.float32
         assert logits.shape == (len(TOKENS), client.bundle.spec.vocab_size)
         assert client.free_slots == 2048 - len(TOKENS)
+
+
+def test_a_pass_is_repeated_when_the_disk_lost_a_correction(
+    case_directory: CaseDirectory, tmp_path: Path
+) -> None:
+    directory = case_directory(CASES[0])
+    reference = PlaintextExecutor.from_checkpoint(directory, quantised=True)
+    with local_server(directory) as server, Client(server.address, tmp_path) as client:
+        client.prepare(64)
+        (batch,) = (tmp_path / "pads").glob("*/*/corrections.bin")
+        with batch.open("r+b") as file:  # the embedding's corrections of the first slots
+            file.write(b"\xa5" * (2 * client.bundle.spec.hidden_size))
+        tokens = list(client.generate_ids(TOKENS[:1], 4))
+        assert client.last is not None
+        assert client.last.stats.slots_used == 4 + 2, "two damaged slots were burnt"
+    assert tokens == _greedy(reference, TOKENS[:1], 4)

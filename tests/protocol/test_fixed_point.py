@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from otpipe.errors import OtpipeError
+from otpipe.kernels.activations import rms_norm_rows
 from otpipe.protocol.fixed_point import (
     dequantize_outputs,
     mask_activations,
@@ -133,3 +134,13 @@ def test_fused_kernel_refuses_non_finite(value: float) -> None:
     x[1, 2] = value
     with pytest.raises(OtpipeError, match="infinite or not a number"):
         mask_activations(x, np.zeros((2, 4), np.uint32), 100.0, 200.0)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_fused_rms_norm_agrees_with_plain_torch(rows: int) -> None:
+    x = torch.randn(rows, 777) * 30
+    x[:, 3] = 1e4
+    gain = torch.rand(777) + 0.5
+    want = torch.nn.functional.rms_norm(x.double(), (777,), gain.double(), 1e-6)
+    got = torch.from_numpy(rms_norm_rows(x.numpy(), gain.numpy(), 1e-6))
+    assert float((got - want).abs().max() / want.abs().max()) < 1e-6
