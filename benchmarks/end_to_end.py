@@ -87,7 +87,7 @@ def prepare(client: Client, slots: int) -> dict[str, float]:
 def slots_needed(prefill: Sequence[int], tokens: int, repeats: int, prefill_repeats: int) -> int:
     """Slots that :func:`ours` spends, and the comparison with plaintext."""
     decode = (repeats + 1) * (DECODE_PROMPT_TOKENS + tokens)
-    return decode + (prefill_repeats + 1) * sum(prefill) + CHECK_TOKENS
+    return decode + sum(prefill[:1]) + prefill_repeats * sum(prefill) + CHECK_TOKENS
 
 
 def ours(
@@ -107,8 +107,9 @@ def ours(
     generate(DECODE_PROMPT_TOKENS, 4)  # warm-up
     runs = [generate(DECODE_PROMPT_TOKENS, tokens) for _ in range(repeats)]
     prefill_s = {}
+    for n in prefill[:1]:
+        generate(n, 1)  # warm-up
     for n in prefill:
-        generate(n, 1)  # warm-up of this shape
         samples = [generate(n, 1).prefill_s for _ in range(prefill_repeats)]
         prefill_s[n] = harness.quartiles(samples)
     return {

@@ -186,7 +186,7 @@ class Gateway:
                 with self._lock:
                     self._sockets.discard(plain)
                     self._sockets.add(sock)
-                sock.do_handshake()
+                _handshake(sock)
             connection = FrameConnection(sock, stall_timeout_s=stall_timeout_s)
             if full:
                 send_message(
@@ -230,6 +230,16 @@ class Gateway:
         for sock in sockets:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
+
+
+def _handshake(sock: ssl.SSLSocket) -> None:
+    """Complete the handshake; a client that speaks no TLS reads in plain text why it failed."""
+    try:
+        sock.do_handshake()
+    except ssl.SSLError as error:
+        if error.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST"):
+            socket.socket.sendall(sock, b"this port speaks TLS only\n")  # past the TLS layer
+        raise
 
 
 def _tls_context(options: ListenOptions) -> ssl.SSLContext | None:
