@@ -234,7 +234,8 @@ class Client:
             seed: repeatable sampling. It is no secret and protects nothing.
             raw: do not apply the chat template.
             hide_length: go on to ``max_new_tokens`` in silence after the model has ended its
-                answer, so that the server does not learn the answer's length.
+                answer, so that the number of requests does not tell the answer's length. Their
+                timing may: text is decoded, and taken by the caller, between them.
 
         Yields:
             Text that never ends inside a character.
@@ -327,8 +328,9 @@ class Client:
                 if token in stop_token_ids:
                     generation.finish_reason = "stop"
                     if hide_length:
+                        # The same steps as before, so that a wrong answer ends both alike.
                         for _ in range(limit - len(generation.token_ids) - 1):
-                            self._next_logits([token], cache)
+                            token = sampler.choose(self._next_logits([token], cache))
                     break
                 generation.token_ids.append(token)
                 if len(generation.token_ids) == limit:

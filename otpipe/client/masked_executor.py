@@ -126,6 +126,7 @@ class MaskedExecutor(ClearExecutor):
         assert self._lease is not None, "embed() begins a pass"
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[:2] == (linear_map.index, slots):
+            self._lease.require_owner()
             return ahead[2]
         return self._lease.masks(linear_map.index, slots)
 

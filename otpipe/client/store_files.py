@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import platform
-import struct
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +26,8 @@ from otpipe.client.store_layout import (
 )
 from otpipe.errors import StoreError
 
-_DIGEST_BYTES = 16
+DIGEST_BYTES = 16
 _KEY_MAGIC = b"OTPKEY01"
-_COUNTER_MAGIC = b"OTPCNT01"
-_RECORD = struct.Struct("<8s16sQQ")  # magic, batch id, sequence number, slots spent
-_RECORD_BYTES = _RECORD.size + _DIGEST_BYTES
-_RECORD_OFFSETS = (0, 4096)  # two pages: no single bad sector reaches both
-_COUNTER_BYTES = 8192
 _FS_IOC_GETVERSION = 0x80087601  # linux/fs.h: the generation of an inode number
 _MAX_META_BYTES = 4 << 20
 
@@ -101,6 +95,14 @@ def pread_into(fd: int, buffer: Any, offset: int) -> None:
         done += step
 
 
+def lock_file(fd: int) -> None:
+    """Hold the file itself, whatever its path, until ``fd`` is closed.
+
+    Raises BlockingIOError when another opening of it, in any process, holds it.
+    """
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def write_private(path: Path, data: bytes) -> None:
     """Create ``path`` with mode 0600 and return when its bytes are on the medium."""
     fd = create_private(path)
@@ -134,8 +136,8 @@ def overwrite(path: Path) -> None:
         os.close(fd)
 
 
-def _digest(data: bytes) -> bytes:
-    return hashlib.sha256(data).digest()[:_DIGEST_BYTES]
+def short_digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()[:DIGEST_BYTES]
 
 
 # --- pad key -------------------------------------------------------------------------------------
@@ -143,7 +145,7 @@ def _digest(data: bytes) -> bytes:
 
 def encode_key(batch_id: str, pad_key: bytes) -> bytes:
     body = _KEY_MAGIC + bytes.fromhex(batch_id) + pad_key
-    return body + _digest(body)
+    return body + short_digest(body)
 
 
 def read_key(path: Path, batch_id: str) -> bytes:
@@ -152,97 +154,11 @@ def read_key(path: Path, batch_id: str) -> bytes:
         data = os.pread(fd, 1024, 0)
     finally:
         os.close(fd)
-    body, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
+    body, digest = data[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
     head = _KEY_MAGIC + bytes.fromhex(batch_id)
-    if len(body) != len(head) + 32 or body[: len(head)] != head or _digest(body) != digest:
+    if len(body) != len(head) + 32 or body[: len(head)] != head or short_digest(body) != digest:
         raise BatchDamaged(f"the pad key {path} is damaged; its slots are lost, prepare new ones")
     return body[len(head) :]
-
-
-# --- counter of spent slots ----------------------------------------------------------------------
-
-
-def _encode_record(batch_id: str, sequence: int, spent: int) -> bytes:
-    body = _RECORD.pack(_COUNTER_MAGIC, bytes.fromhex(batch_id), sequence, spent)
-    return body + _digest(body)
-
-
-def _decode_record(data: bytes, batch_id: str, num_slots: int) -> tuple[int, int] | None:
-    if len(data) != _RECORD_BYTES:
-        return None
-    body, digest = data[: _RECORD.size], data[_RECORD.size :]
-    magic, owner, sequence, spent = _RECORD.unpack(body)
-    if magic != _COUNTER_MAGIC or owner.hex() != batch_id or _digest(body) != digest:
-        return None
-    return (sequence, spent) if spent <= num_slots else None
-
-
-def new_counter(batch_id: str) -> bytes:
-    data = bytearray(_COUNTER_BYTES)
-    for offset in _RECORD_OFFSETS:
-        data[offset : offset + _RECORD_BYTES] = _encode_record(batch_id, 0, 0)
-    return bytes(data)
-
-
-class SpentCounter:
-    """How many slots of a batch are spent: slots 0 .. spent-1. It only grows.
-
-    Two records hold the same count. ``advance`` writes one, waits until it is on the medium, and
-    only then writes the other, which may linger in the cache. The next ``advance`` begins with
-    the lingering one, so at any time one record that nobody is writing is on the medium and holds
-    the count of the last draw that returned: a torn write can never move the larger readable
-    count back. And since both are equal soon after, one that rots later leaves the other correct.
-    """
-
-    def __init__(self, fd: int, path: Path, batch_id: str, num_slots: int) -> None:
-        self._fd, self._path, self._batch_id = fd, path, batch_id
-        records = [
-            _decode_record(os.pread(fd, _RECORD_BYTES, offset), batch_id, num_slots)
-            for offset in _RECORD_OFFSETS
-        ]
-        good = [record for record in records if record is not None]
-        if not good:
-            raise BatchDamaged(
-                f"the counter {path} is damaged, so nobody knows which slots are spent; "
-                "all of them count as spent, prepare new ones"
-            )
-        self._sequence = max(sequence for sequence, _ in good)
-        self.spent = max(spent for _, spent in good)
-        self._stale = [i for i in (0, 1) if records[i] != (self._sequence, self.spent)]
-
-    def repair(self) -> None:
-        """Rewrite a record that is unreadable or behind, leaving the good one untouched."""
-        for index in self._stale:
-            self._write(index, self._sequence)
-            durable_sync(self._fd)
-        self._stale = []
-
-    def _write(self, index: int, sequence: int) -> None:
-        record = _encode_record(self._batch_id, sequence, self.spent)
-        pwrite_all(self._fd, record, _RECORD_OFFSETS[index])
-
-    def advance(self, spent: int) -> None:
-        """Raise the count and return when it is on the medium.
-
-        Raises OSError. The count in memory is raised even then, so that the slots of a failed
-        draw are never offered again by this process; nobody has received them, so it does not
-        matter whether a later process sees them as spent.
-        """
-        if spent < self.spent:
-            raise ValueError(f"the counter is at {self.spent} and cannot go back to {spent}")
-        self.spent = spent
-        # A failed attempt leaves the sequence as it is: the next one writes the same record again,
-        # never the one that is known to be on the medium.
-        first = (self._sequence + 1) % 2
-        self._write(first, self._sequence + 1)
-        durable_sync(self._fd)
-        self._sequence += 1
-        self._write(1 - first, self._sequence)
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
 
 
 # --- identity of the counter file ----------------------------------------------------------------

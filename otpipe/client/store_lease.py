@@ -117,10 +117,8 @@ class SlotLease:
                 raise ValueError(f"row {row} of a lease of {self.count}")
         return numbers
 
-    def _claim(
-        self, taken_by_map: dict[int, bytearray], what: str, map_index: int, rows: Rows
-    ) -> Sequence[Span]:
-        """Mark (map, row) pairs as given out, all or none, and return the slots behind them."""
+    def require_owner(self) -> None:
+        """Raise unless the lease is open and in the process that drew it."""
         if self._closed:
             raise RuntimeError("the slot lease is closed")
         if os.getpid() != self._owner_pid:
@@ -128,6 +126,12 @@ class SlotLease:
                 "a slot lease was carried into a forked process, which would use the same pads "
                 "as its parent; draw slots in one process only"
             )
+
+    def _claim(
+        self, taken_by_map: dict[int, bytearray], what: str, map_index: int, rows: Rows
+    ) -> Sequence[Span]:
+        """Mark (map, row) pairs as given out, all or none, and return the slots behind them."""
+        self.require_owner()
         taken = taken_by_map.get(map_index)
         if taken is None:
             raise ValueError(f"the model has no map {map_index}")

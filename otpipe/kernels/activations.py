@@ -52,11 +52,14 @@ def _row_bound(x: Array, max_row_l2: float) -> tuple[float, float]:
                 at -= 1
             largest[at] = value
     outliers, rest = 0.0, energy
+    lost = (x.shape[0] + 2 * MAX_OUTLIERS) * 2.3e-16 * energy
     for i in range(count):
         outliers += largest[i]
         rest -= largest[i] * largest[i]
-        # The subtraction cancels; what it may have lost is put back, so that this stays a bound.
-        kept = max(rest, 0.0) + 1e-12 * energy
+        # The subtraction cancels, and summing n squares one after the other loses at most
+        # (n - 1) 2^-53 of their sum (Higham, Accuracy and Stability, section 4.2): what may have
+        # been lost is put back, so that this stays a bound.
+        kept = max(rest, 0.0) + lost
         bound = min(bound, INT8_LIMIT * outliers + max_row_l2 * np.sqrt(kept))
     return bound, np.float64(peak)
 

@@ -8,8 +8,8 @@ coordinates,
 
 (Hölder on O, Cauchy-Schwarz on the rest). With O empty this is Cauchy-Schwarz alone, which loses a
 factor ||W_i||/127 on a vector that one outlier channel dominates, as large models have them; taking
-the few largest coordinates into O gives those bits back. The best O of every size is a prefix of
-the coordinates sorted by magnitude, so a handful of prefixes is tried and the smallest bound kept.
+the few largest coordinates into O gives those bits back. The smallest bound
+belongs to a prefix of the coordinates sorted by magnitude, so some prefixes are tried.
 
 Shapes: T rows, n in_features, m out_features.
 """
@@ -116,8 +116,9 @@ def output_bound(x_Tn: Tensor, max_row_l2: float) -> Tensor:
         return plain_T
     top_TK = x.abs().topk(min(MAX_OUTLIERS, x.shape[1]), dim=1).values
     rest_TK = (energy_T[:, None] - top_TK.square().cumsum(dim=1)).clamp_min(0.0)
-    # The subtraction cancels; what it may have lost is put back, so that this stays a bound.
-    rest_TK = rest_TK + 1e-12 * energy_T[:, None]
+    # The subtraction cancels; what it and the sum may have lost is put back, so that this stays a
+    # bound whatever the order of summation was.
+    rest_TK = rest_TK + (x.shape[1] + 2 * MAX_OUTLIERS) * 2.3e-16 * energy_T[:, None]
     joint_TK = INT8_LIMIT * top_TK.cumsum(dim=1) + max_row_l2 * rest_TK.sqrt()
     return torch.minimum(plain_T, joint_TK.amin(dim=1))
 

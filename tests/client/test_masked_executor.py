@@ -20,9 +20,7 @@ TOLERANCE = 1e-3
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_logits_equal_plaintext(
-    case: Case, case_directory: CaseDirectory, tmp_path: Path
-) -> None:
+def test_logits_equal_plaintext(case: Case, case_directory: CaseDirectory, tmp_path: Path) -> None:
     directory = case_directory(case)
     with local_server(directory) as server, Client(server.address, tmp_path) as client:
         client.prepare(len(case.token_ids))

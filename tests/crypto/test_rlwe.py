@@ -140,10 +140,10 @@ class TestCiphertexts:
         value = np.iinfo(params.message_dtype).max if extreme else 0
         r_TJ = np.full((2048, 48), value, params.message_dtype)
         block = encrypt_block(secret, os.urandom(32), MAP_INDEX, 0, r_TJ, upload_bytes)
-        if upload_bytes == 7:  # 54 bits: the top byte holds the 6 bits below q, and nothing above
-            assert block[..., 6].max() < 64
+        if upload_bytes == 7:  # 53 bits: the top byte holds the 5 bits below q, and nothing above
+            assert block[..., 6].max() < 32
             filled = block.copy()
-            filled[..., 6] = (filled[..., 6] << 2) | (block[..., 0] & 3)
+            filled[..., 6] = (filled[..., 6] << 3) | (block[..., 0] & 7)
             block = filled
         assert looks_uniform(block)
 
@@ -224,8 +224,8 @@ class TestPlantedFaultsAreSeen:
         secret, a_key = BatchSecret.generate(RING32), os.urandom(32)
         a_JDN = torch.from_numpy(expand_a(a_key, MAP_INDEX, 0, 8, RING32))
         a = combine_planes(a_JDN.movedim(1, 0).int().contiguous(), 56)
-        unreduced = times_secret(secret, signed(a, 54))
-        assert bool((((unreduced >> 48) & 0xFF) >= 64).any())
+        unreduced = times_secret(secret, signed(a, 53))
+        assert bool((((unreduced >> 48) & 0xFF) >= 32).any())
 
 
 class TestReuseIsRefused:

@@ -128,8 +128,8 @@ def test_after_a_cut_the_very_same_bytes_are_sent_again(
 def test_uploads_are_uniform_residues(server: LocalServer, tmp_path: Path) -> None:
     """All three widths. Every byte has the law of a uniform residue mod q, rounded and packed.
 
-    54 bits in 7 bytes leave two bits, which are always zero; in 6 bytes the rounding (ties to
-    even) makes even bytes 1/64 likelier in the lowest position, exactly as for uniform residues.
+    53 bits in 7 bytes leave three bits, which are always zero; in 6 bytes the rounding (ties to
+    even) makes even bytes 1/32 likelier in the lowest position, exactly as for uniform residues.
     """
     with watched(server.address, tmp_path) as seen:
         seen.client.prepare(64)
@@ -155,9 +155,9 @@ def test_uploads_are_uniform_residues(server: LocalServer, tmp_path: Path) -> No
 
 
 def test_the_law_of_rounded_residues_is_noticed_when_it_is_wrong() -> None:
-    """The bias of ties to even, 1/64 in the lowest byte, is real and the test can see it."""
-    residues = np.random.default_rng(0).integers(0, 1 << 54, 1 << 21)
-    rounded = ((residues + 31 + ((residues >> 6) & 1)) >> 6) & ((1 << 48) - 1)
+    """The bias of ties to even, 1/32 in the lowest byte, is real and the test can see it."""
+    residues = np.random.default_rng(0).integers(0, 1 << 53, 1 << 21)
+    rounded = ((residues + 15 + ((residues >> 5) & 1)) >> 5) & ((1 << 48) - 1)
     packed = rounded.astype("<u8").view(np.uint8).reshape(-1, 8)[:, :6].tobytes()
     assert not_uniform(packed, "rounded", period=6, law=upload_law(params_for_ring(32), 6)) == []
     assert not_uniform(packed, "rounded", period=6) != []

@@ -62,7 +62,7 @@ def upload_law(params: RlweParams, upload_bytes: int) -> NDArray[np.float64]:
     """Byte law (P, 256) of a coefficient of b that is uniform mod q, as it is packed.
 
     Two things make it differ from uniform bytes, both of them public functions of a uniform
-    value: 54 bits in 7 bytes leave the top 2 bits zero; and rounding d bits away with ties to
+    value: 53 bits in 7 bytes leave the top 3 bits zero; and rounding d bits away with ties to
     even gives 2^d + 1 residues to every even result and 2^d - 1 to every odd one.
     """
     law = uniform_law(upload_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import numpy as np
@@ -144,3 +145,21 @@ def test_fused_rms_norm_agrees_with_plain_torch(rows: int) -> None:
     want = torch.nn.functional.rms_norm(x.double(), (777,), gain.double(), 1e-6)
     got = torch.from_numpy(rms_norm_rows(x.numpy(), gain.numpy(), 1e-6))
     assert float((got - want).abs().max() / want.abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("n", [4096, 13_824, 29_568, 262_144])
+def test_the_kernel_never_overflows_where_its_sums_cancel(n: int) -> None:
+    """An outlier first, then squares that a running sum loses, against a row of 127s."""
+    l2, l1 = 127 * math.sqrt(n), 127.0 * n
+    headroom = (2.0**31 - 1 - 0.5 * l1) * (1 - 1e-6)
+    mask = np.zeros((1, n), np.uint32)
+    for square in np.linspace(1.0, 1.99, 12):
+        first = np.float32(math.sqrt(square))
+        rest = 0.5 * 127 * float(first) / headroom
+        for _ in range(20):  # the rest just above where it rounds up to one unit
+            rest = 0.5 * (127 * float(first) + l2 * math.sqrt(n) * rest) / headroom
+        for factor in (1.0005, 1.01, 1.03):
+            x = torch.full((1, n), rest * factor)
+            x[0, 0] = float(first)
+            rounded, _ = mask_activations(x, mask, l2, l1)
+            assert 127 * int(rounded.view(np.int32).astype(np.int64).sum()) < 2**31
