@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 EXIT_USAGE = 2
 EXIT_FAILURE = 1
 
+# C0 without tab and line feed, DEL, and C1.
+_TERMINAL_CONTROLS = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {0x09, 0x0A})
+
 
 @click.group(context_settings={"show_default": True})
 @click.version_option(__version__, prog_name="otpipe")
@@ -69,7 +72,7 @@ def connection_options(command: Callable[..., None]) -> Callable[..., None]:
     )
     @store_option
     @click.option("--ca", help="PEM file of the server's authority, or 'system'; turns TLS on.")
-    @click.option("--fingerprint", help="Accept only these weights; see `otpipe info`.")
+    @click.option("--fingerprint", help="Accept only these weights: 32 hex digits or more.")
     @click.option(
         "--retry-for",
         "retry_for_s",
@@ -223,11 +226,16 @@ def generate(
                 hide_length=hide_length,
             ):
                 if not as_json:
-                    click.echo(piece, nl=False)
+                    click.echo(_for_terminal(piece) if sys.stdout.isatty() else piece, nl=False)
         except ConnectionLost:
             _finish(client.last, as_json)  # the text so far is the user's; then say why it ended
             raise
         _finish(client.last, as_json)
+
+
+def _for_terminal(text: str) -> str:
+    """Without control characters: the model, which the server chose, could steer the terminal."""
+    return text.translate(_TERMINAL_CONTROLS)
 
 
 def _finish(generation: Generation | None, as_json: bool) -> None:

@@ -7,6 +7,19 @@ Anything else that escapes is a bug in otpipe.
 from __future__ import annotations
 
 
+def one_line(text: object, limit: int = 160) -> str:
+    """``text`` as one printable line of at most ``limit`` characters.
+
+    For every text that a peer may have written, before it reaches a terminal or a log: control
+    characters could rewrite what the user sees.
+    """
+    line = " ".join(str(text).split())
+    if not line and isinstance(text, BaseException):
+        line = type(text).__name__
+    printable = "".join(character if character.isprintable() else "?" for character in line)
+    return printable if len(printable) <= limit else printable[: limit - 3] + "..."
+
+
 class OtpipeError(Exception):
     """Base class of all errors that are the fault of input, environment or peer."""
 

@@ -37,6 +37,9 @@ PREFILL_ROWS = 512
 
 DEFAULT_BATCH_SLOTS = 2048
 
+MIN_FINGERPRINT_DIGITS = 32
+"""Of a fingerprint that the user gives; another model that agrees in 16 could be searched for."""
+
 MAX_DAMAGED_PASSES = 3
 """Passes that may fail on damaged slots before the client gives up."""
 
@@ -121,7 +124,12 @@ class Client:
                 MapShape(m.index, m.in_features, m.out_features, m.ring_bytes)
                 for m in self.bundle.spec.maps
             )
-            self._store = PadStore.open(self._root / "pads", self.bundle.fingerprint, shapes)
+            self._store = PadStore.open(
+                self._root / "pads",
+                self.bundle.fingerprint,
+                shapes,
+                on_warning=lambda problem: log.warning("%s", problem),
+            )
         except BaseException:
             self._link.close()
             raise
@@ -382,14 +390,17 @@ class Client:
     def _check_fingerprint(self, wanted: str | None) -> None:
         if wanted is None:
             return
-        if len(wanted) < 16 or not set(wanted.lower()) <= set("0123456789abcdef"):
+        if len(wanted) < MIN_FINGERPRINT_DIGITS or not set(wanted.lower()) <= set(
+            "0123456789abcdef"
+        ):
             raise UsageError(
-                f"the fingerprint {wanted!r} is not at least 16 hex digits, as `otpipe info` shows"
+                f"the fingerprint {wanted!r} is not at least {MIN_FINGERPRINT_DIGITS} hex digits; "
+                "copy it from `otpipe info`"
             )
         held = self._link.welcome.fingerprint
         if not held.startswith(wanted.lower()):
             raise FingerprintMismatch(
-                f"the server holds weights {held[:16]}, not the {wanted[:16]} that were asked for; "
+                f"the server holds weights {held}, not the {wanted.lower()} that were asked for; "
                 "name a server of those, or check the fingerprint"
             )
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import socket
 import ssl
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from otpipe.errors import (
     ProtocolError,
     ServerRefused,
     UsageError,
+    one_line,
 )
 from otpipe.protocol.messages import Error, Hello, Message, MessageType, Welcome, send_message
 from otpipe.protocol.sockets import tune_socket
@@ -39,6 +41,11 @@ its sockets close, or keep-alive probes fail."""
 
 FIRST_RETRY_S = 0.1
 LAST_RETRY_S = 2.0
+
+MAX_SHOWN_CHARACTERS = 400
+"""Of the text of an ERROR."""
+
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -195,7 +202,7 @@ class ServerLink:
         message_type, header, announced = connection.receive_head(timeout_s)
         if message_type == MessageType.ERROR:
             connection.receive_payload(announced, 0)
-            raise ServerRefused(f"the server refused: {Error.parse(header).text}")
+            raise ServerRefused(f"the server refused: {_error_text(header)}")
         if message_type != answer_type:
             raise ProtocolError(
                 f"the server sent message type {message_type} where {answer_type.name} was due"
@@ -262,6 +269,12 @@ class ServerLink:
                             f"the certificate of {address} is not trusted: {error.verify_message}; "
                             "give the authority that signed it with --ca"
                         ) from error
+                    if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
+                        raise OtpipeError(
+                            f"{address} does not complete a TLS handshake "
+                            f"({one_line(error.reason or error)}); leave out --ca if it serves "
+                            "plaintext, or check host and port"
+                        ) from error
                     last = error
             if foreign is not None:
                 raise foreign
@@ -288,10 +301,10 @@ class ServerLink:
             message_type, header, announced = connection.receive_head(CONNECT_TIMEOUT_S)
             connection.receive_payload(announced, 0)
             if message_type == MessageType.ERROR:
-                raise ServerRefused(f"{address} refused: {Error.parse(header).text}")
+                raise ServerRefused(f"{address} refused: {_error_text(header)}")
             if message_type != MessageType.WELCOME:
                 raise ProtocolError(f"{address} greeted with message type {message_type}")
-            welcome = Welcome.parse(header)
+            welcome = _checked_welcome(header, address)
             if self._fingerprint is not None and welcome.fingerprint != self._fingerprint:
                 raise FingerprintMismatch(
                     f"the server at {address} holds weights {welcome.fingerprint[:16]}, but "
@@ -305,6 +318,22 @@ class ServerLink:
         self.welcome = welcome
         self._fingerprint = welcome.fingerprint
         self._connection = connection
+
+
+def _error_text(header: Header) -> str:
+    """The sentence of an ERROR, fit for a terminal."""
+    return one_line(Error.parse(header).text, MAX_SHOWN_CHARACTERS)
+
+
+def _checked_welcome(header: Header, address: ServerAddress) -> Welcome:
+    """A WELCOME whose strings are fit for a terminal."""
+    welcome = Welcome.parse(header)
+    if not _FINGERPRINT.fullmatch(welcome.fingerprint):
+        raise ProtocolError(
+            f"{address} greeted with a fingerprint that is not 64 hex digits; use a server of this "
+            "version"
+        )
+    return replace(welcome, server=one_line(welcome.server), weights=one_line(welcome.weights))
 
 
 def default_store_root() -> Path:

@@ -18,7 +18,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from otpipe.errors import CheckpointError, UsageError
+from otpipe.client.text_stream import decodes_token_by_token
+from otpipe.errors import CheckpointError, UsageError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -75,6 +76,11 @@ _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _MODEL_TYPES = ("llama", "qwen2")
 _REMEDY = "repair it in the checkpoint of the server"
 
+MAX_TOKEN_BYTES = 1024
+"""Longest token, in bytes of UTF-8; the longest of published models, runs of spaces, have 256 or a
+few more. Text is decoded between two requests, so the time that a token of megabytes takes would
+show the server that it was generated."""
+
 
 class PromptEncoder:
     """The tokenizer of one model.
@@ -118,6 +124,7 @@ class PromptEncoder:
         self.tokenizer: PreTrainedTokenizerFast = _load(
             _unpack(_safe_files(files, self._settings), cache_dir, fingerprint)
         )
+        _refuse_slow_decoding(self.tokenizer)
 
     @property
     def has_chat_template(self) -> bool:
@@ -194,7 +201,7 @@ def _json_object(name: str, content: bytes) -> dict[str, Any]:
         value = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{name} of the model is no JSON ({_one_line(error)}); {_REMEDY}."
+            f"{name} of the model is no JSON ({one_line(error)}); {_REMEDY}."
         ) from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{name} of the model is no JSON object; {_REMEDY}.")
@@ -254,7 +261,7 @@ def _unpack(files: Mapping[str, bytes], cache_dir: Path, fingerprint: str) -> Pa
             shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
         raise UsageError(
-            f"The tokenizer cache {cache_dir} cannot be used ({_one_line(error)}); name a directory"
+            f"The tokenizer cache {cache_dir} cannot be used ({one_line(error)}); name a directory"
             " that you can write."
         ) from error
     return target
@@ -281,6 +288,29 @@ def _load(directory: Path) -> Any:
         )
 
 
+def _refuse_slow_decoding(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Refuse what could make the time to decode a token tell which token it is.
+
+    Looks at the tokenizer as loaded: tokens and the decoder come from more than one file.
+    """
+    backend = tokenizer.backend_tokenizer
+    with _checkpoint_error("The tokenizer of the model cannot be loaded"):
+        longest = max(
+            (len(token.encode()) for token in backend.get_vocab(with_added_tokens=True)), default=0
+        )
+        streams = decodes_token_by_token(backend.decoder)
+    if longest > MAX_TOKEN_BYTES:
+        raise CheckpointError(
+            f"The tokenizer of the model has a token of {longest} bytes; at most {MAX_TOKEN_BYTES}"
+            f" are supported, {_REMEDY}."
+        )
+    if not streams:
+        raise CheckpointError(
+            "The tokenizer of the model has another decoder than ByteLevel, Metaspace, or the"
+            f" Replace, ByteFallback, Fuse, Strip of a Llama tokenizer; {_REMEDY}."
+        )
+
+
 @contextlib.contextmanager
 def _checkpoint_error(what: str) -> Iterator[None]:
     """Turns whatever the model's files provoke into a CheckpointError."""
@@ -289,7 +319,7 @@ def _checkpoint_error(what: str) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # also tokenizers' PanicException, which is no Exception
-        raise CheckpointError(f"{what} ({_one_line(error)}); {_REMEDY}.") from error
+        raise CheckpointError(f"{what} ({one_line(error)}); {_REMEDY}.") from error
 
 
 @contextlib.contextmanager
@@ -303,10 +333,3 @@ def _quiet_transformers() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
-
-
-def _one_line(error: BaseException) -> str:
-    """Its message, short and printable: parts of it may come from the server."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    printable = "".join(character if character.isprintable() else "?" for character in text)
-    return printable if len(printable) <= 160 else printable[:157] + "..."

@@ -12,18 +12,30 @@ On disk, ``<root>/<fingerprint of the model>/``, directories 0700 and files 0600
                           counter.bin how many slots are spent, in two records
                           corrections.bin, checksums.bin   c = W r and a sum per row
   <batch id>.spent/       every slot spent; being erased
-  <batch id>.damaged/     set aside, never used again; yours to delete
+  <batch id>.damaged/     set aside without its key, never used again; yours to delete
+
+One process draws at a time: it holds ``lock``, and besides a lock on the counter file of every
+batch, so that a deleted ``lock`` lets nobody else in. Each draw first rereads the counter; where
+somebody changed it all the same, the batch is set aside and hands out nothing any more.
 
 What this does not do:
   - Forward secrecy is per batch. The pad key of a batch exists until its last slot is spent;
-    who copies the disk before that can unmask recorded traffic of that batch. Then the key is
-    overwritten and deleted, but an SSD, a journaling or copy-on-write file system, a snapshot
+    who copies the disk before that can unmask recorded traffic of that batch. Then, or when the
+    batch is set aside, the key is overwritten and deleted, but an SSD, a journaling or copy-on-write file system, a snapshot
     or a backup may keep the old bytes. Put the store on an encrypted disk, and keep it out of
     backups.
   - A copied or restored store would spend its pads a second time. Each batch is bound to the
-    machine (its machine-id) and to the inode of its counter file, and a copy is refused. Not
-    noticed: a counter overwritten in place with old contents, and a file system or virtual
-    machine put back to a snapshot. After either, delete the store.
+    machine (its machine-id) and to the inode number and inode generation of its counter file,
+    and a copy is refused. Not noticed: a counter overwritten in place with old contents while no
+    process has the store open, and a file system or virtual machine put back to a snapshot.
+    After either, delete the store.
+  - That binding is only as good as what the system tells. macOS and many containers have no
+    machine-id, and clones of one disk image share theirs; tmpfs, overlayfs and macOS give no
+    inode generation. Without the machine-id, a copy on another machine passes if its counter
+    file got the same inode number and generation; without the generation, a copy on another
+    disk, or a restored backup, passes if it got the same number, which file systems give out
+    again soon after a deletion. Where both are missing, as in a container's own layers, one
+    inode number is all there is: never copy or restore a store there.
   - The checksums notice bad disks, not somebody with write access to the files, who could read the
     pad key as well.
 """
@@ -47,8 +59,10 @@ from otpipe.client.store_batch import (
     Batch,
     BatchInfo,
     erase_directory,
+    erase_key,
     inspect_batches,
 )
+from otpipe.client.store_counter import CounterMoved
 from otpipe.client.store_files import SlotDamaged
 from otpipe.client.store_layout import (
     DAMAGED,
@@ -104,6 +118,7 @@ class PadStore:
         self._owner_pid = os.getpid()
         self._closed = False
         self._batches: list[Batch] = []
+        self._set_aside_open: list[Batch] = []  # leases may still be in the middle of a read
         self._leases: weakref.WeakSet[SlotLease] = weakref.WeakSet()
         self._writers: set[BatchWriter] = set()
         self._lock: FileLock | None = None
@@ -114,14 +129,16 @@ class PadStore:
                 self._tighten_modes()
             if self.path.is_dir():
                 self._load()
+            if exclusive:
+                self._sign()
         except OSError as error:
-            self._unlock()
+            self._release()
             raise StoreError(
                 f"cannot open the pad store {self.path}: {error}; make it readable and writable "
                 "for this user, or use another store directory"
             ) from error
         except BaseException:
-            self._unlock()
+            self._release()
             raise
 
     @classmethod
@@ -159,11 +176,17 @@ class PadStore:
         try:
             lock.acquire()
         except Timeout:
-            raise StoreLocked(
-                f"the pad store {self.path} is in use by {_holder(self.path)}; two processes must "
-                "not draw from the same pads: end that process, or use another store directory"
-            ) from None
+            raise self._locked() from None
         self._lock = lock
+
+    def _locked(self) -> StoreLocked:
+        return StoreLocked(
+            f"the pad store {self.path} is in use by {_holder(self.path)}; two processes must "
+            "not draw from the same pads: end that process, or use another store directory"
+        )
+
+    def _sign(self) -> None:
+        """Say who holds the store; not before every lock is ours."""
         temporary = self.path / f"{_HOLDER_NAME}.new"
         temporary.unlink(missing_ok=True)
         holder = json.dumps({"pid": os.getpid(), "since": time.time()}).encode()
@@ -182,19 +205,22 @@ class PadStore:
             )
 
     def _load(self) -> None:
+        left_over = []
         for directory in sorted(self.path.iterdir()):
             parsed = parse_batch_dir(directory.name)
-            if parsed is None:
-                continue
-            batch_id, suffix = parsed
-            if suffix in (PARTIAL, SPENT):
-                if self._exclusive:
-                    self._erase(directory)
-            elif suffix == "":
-                self._load_batch(directory, batch_id)
+            if parsed is not None and parsed[1] == "":
+                self._load_batch(directory, parsed[0])
+            elif parsed is not None:
+                left_over.append((directory, parsed[1]))
         self._batches.sort(key=lambda batch: (batch.created_ns, batch.batch_id))
-        if self._exclusive:
-            self._retire()
+        if not self._exclusive:
+            return
+        for directory, suffix in left_over:  # only now: no batch is in another process's hands
+            if suffix in (PARTIAL, SPENT):
+                self._erase(directory)
+            elif suffix == DAMAGED:
+                self._erase_key(directory)
+        self._retire()
 
     def _load_batch(self, directory: Path, batch_id: str) -> None:
         try:
@@ -206,18 +232,22 @@ class PadStore:
                 self._warn(error)
         except StoreError as error:  # intact, but not for us: left where it is
             self._warn(error)
+        except BlockingIOError:  # drawn from elsewhere, although the store's lock file was free
+            raise self._locked() from None
         except OSError as error:
             self._warn(StoreError(f"cannot read the batch {directory}: {error}; it is not used"))
         else:
             self._batches.append(batch)
 
     def _set_aside(self, directory: Path, error: StoreError) -> None:
+        """Never use a batch again. Without its key it cannot be, even where the renaming fails."""
+        self._erase_key(directory)
         target = directory.with_name(directory.name + DAMAGED)
         try:
             directory.rename(target)
             files.sync_directory(self.path)
             self._warn(StoreError(f"{error} (set aside as {target.name})"))
-        except OSError:  # its files still refuse to load the next time
+        except OSError:
             self._warn(error)
 
     def _warn(self, error: StoreError) -> None:
@@ -268,7 +298,8 @@ class PadStore:
         """Hand out the next ``count`` slots, oldest batch first, marked spent on the medium.
 
         Raises SlotsExhausted when fewer are left (none is spent then), and StoreError when the
-        disk does not confirm the mark (the slots are then given up).
+        disk does not confirm the mark or somebody else changed it (the slots are then given up,
+        in the second case with their batch).
         """
         if count < 1:
             raise ValueError(f"draw of {count} slots")
@@ -282,14 +313,23 @@ class PadStore:
                     "more slots"
                 )
             spans, missing = [], count
-            for batch in self._batches:
+            for batch in tuple(self._batches):
                 take = min(missing, batch.free)
                 if take:
-                    spans.append(Span(batch, batch.spend(take), take))
+                    spans.append(Span(batch, self._spend(batch, take), take))
                     missing -= take
             lease = SlotLease(self._layout, spans, self._lease_done)
             self._leases.add(lease)
             return lease
+
+    def _spend(self, batch: Batch, count: int) -> int:
+        try:
+            return batch.spend(count)
+        except CounterMoved as error:
+            self._batches.remove(batch)
+            self._set_aside_open.append(batch)
+            self._set_aside(batch.directory, error)
+            raise
 
     def _lease_done(self, lease: SlotLease) -> None:
         with self._mutex:
@@ -302,7 +342,6 @@ class PadStore:
         held = {span.batch for lease in self._leases for span in lease.spans}
         for batch in [b for b in self._batches if b.free == 0 and b not in held]:
             self._batches.remove(batch)
-            batch.close()
             target = batch.directory.with_name(batch.directory.name + SPENT)
             try:
                 batch.directory.rename(target)
@@ -310,6 +349,14 @@ class PadStore:
                 self._warn(StoreError(f"cannot erase {batch.directory}: {error}; delete it"))
             else:
                 self._erase(target)
+            finally:
+                batch.close()  # the end of its lock
+
+    def _erase_key(self, directory: Path) -> None:
+        try:
+            erase_key(directory)
+        except OSError as error:
+            self._warn(StoreError(f"cannot erase the pad key in {directory}: {error}; delete it"))
 
     def _erase(self, directory: Path) -> None:
         try:
@@ -348,12 +395,14 @@ class PadStore:
             if self._exclusive:
                 self._retire()
             self._closed = True
-            for batch in self._batches:
-                batch.close()
-            self._batches.clear()
-            self._unlock()
+            self._release()
 
-    def _unlock(self) -> None:
+    def _release(self) -> None:
+        """Close every file and give up the locks."""
+        for batch in (*self._batches, *self._set_aside_open):
+            batch.close()
+        self._batches.clear()
+        self._set_aside_open.clear()
         if self._lock is not None:
             self._lock.release()
             self._lock = None

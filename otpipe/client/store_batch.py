@@ -12,6 +12,7 @@ import numpy as np
 
 from otpipe.client import store_files as files
 from otpipe.client.store_checksum import first_bad_row, position_weights, row_seeds
+from otpipe.client.store_counter import CounterMoved, SpentCounter
 from otpipe.client.store_layout import (
     CHECKSUMS_NAME,
     CORRECTIONS_NAME,
@@ -75,7 +76,11 @@ class _MapRegion:
 class Batch:
     """A committed batch, open for drawing (``writable``) or for looking only.
 
-    Raises BatchDamaged, BatchNotOurs or OSError when it cannot be used.
+    A writable batch holds a lock on its counter file: on the inode that its identity is bound to,
+    so that no path can be deleted or renamed to get round it.
+
+    Raises BatchDamaged, BatchNotOurs or OSError when it cannot be used, of these BlockingIOError
+    when somebody else draws from it.
     """
 
     def __init__(
@@ -83,7 +88,8 @@ class Batch:
     ) -> None:
         self.directory, self.batch_id, self.layout = directory, batch_id, layout
         self._corrections_fd = -1
-        self._counter: files.SpentCounter | None = None
+        self._counter: SpentCounter | None = None
+        self._moved: CounterMoved | None = None
         self._regions: dict[int, _MapRegion] = {}
         try:
             self._open(writable)
@@ -97,6 +103,26 @@ class Batch:
             raise
 
     def _open(self, writable: bool) -> None:
+        path = self.directory / COUNTER_NAME
+        fd = files.open_existing(path, writable)
+        try:
+            if writable:  # before anything else: a batch that somebody uses is not judged
+                files.lock_file(fd)
+            meta = self._read_meta()
+            files.check_identity(meta, fd, self.directory)
+            self.num_slots, self.created_ns = meta.num_slots, meta.created_ns
+            self._counter = SpentCounter(fd, path, self.batch_id, self.num_slots)
+        except BaseException:
+            os.close(fd)
+            raise
+        if self.free == 0:
+            return  # only to be erased; its other files do not matter any more
+        if writable:
+            self._counter.repair()
+        pad_key = files.read_key(self.directory / KEY_NAME, self.batch_id)
+        self._open_corrections(pad_key)
+
+    def _read_meta(self) -> files.BatchMeta:
         meta = files.read_meta(self.directory)
         if not files.meta_is_plausible(meta, self.batch_id):
             raise files.BatchDamaged(
@@ -109,21 +135,7 @@ class Batch:
                 f"{len(meta.layout.shapes)} maps, not for {self.layout.fingerprint} and "
                 f"{len(self.layout.shapes)}; it is left alone, prepare new slots for this model"
             )
-        self.num_slots, self.created_ns = meta.num_slots, meta.created_ns
-        path = self.directory / COUNTER_NAME
-        fd = files.open_existing(path, writable)
-        try:
-            files.check_identity(meta, fd, self.directory)
-            self._counter = files.SpentCounter(fd, path, self.batch_id, self.num_slots)
-        except BaseException:
-            os.close(fd)
-            raise
-        if self.free == 0:
-            return  # only to be erased; its other files do not matter any more
-        if writable:
-            self._counter.repair()
-        pad_key = files.read_key(self.directory / KEY_NAME, self.batch_id)
-        self._open_corrections(pad_key)
+        return meta
 
     def _open_corrections(self, pad_key: bytes) -> None:
         layout, num_slots = self.layout, self.num_slots
@@ -168,12 +180,20 @@ class Batch:
         return self._counter.spent
 
     def spend(self, count: int) -> int:
-        """Mark the next ``count`` slots spent, durably; returns the first. Raises StoreError."""
+        """Mark the next ``count`` slots spent, durably; returns the first.
+
+        Raises StoreError when the disk does not confirm it, and CounterMoved when somebody else
+        changed the counter: then this batch hands out nothing any more, not even pads of slots
+        drawn before, since nobody knows who else has them.
+        """
         assert self._counter is not None
         assert count <= self.free
         first = self._counter.spent
         try:
             self._counter.advance(first + count)
+        except CounterMoved as error:
+            self._moved = error
+            raise
         except OSError as error:
             raise StoreError(
                 f"cannot record spent slots in {self.directory / COUNTER_NAME} ({error}); the "
@@ -195,7 +215,9 @@ class Batch:
             os.posix_fadvise(self._corrections_fd, start, count * row_bytes, advice)
 
     def pads(self, map_index: int, first_slot: int, count: int) -> np.ndarray:
-        """r (count, n) of consecutive slots."""
+        """r (count, n) of consecutive slots. Raises CounterMoved."""
+        if self._moved is not None:
+            raise self._moved
         return self._regions[map_index].pads.rows(first_slot, count)
 
     def corrections(self, map_index: int, first_slot: int, count: int) -> np.ndarray:
@@ -253,11 +275,18 @@ class Batch:
         return f"Batch({self.batch_id})"
 
 
-def erase_directory(directory: Path) -> None:
-    """Overwrite the pad key, then delete. Repeatable after a crash at any point. Raises OSError."""
+def erase_key(directory: Path) -> None:
+    """Overwrite and delete the pad key. Repeatable after a crash at any point. Raises OSError."""
     key = directory / KEY_NAME
     if key.exists():
         files.overwrite(key)
+        key.unlink()
+        files.sync_directory(directory)
+
+
+def erase_directory(directory: Path) -> None:
+    """Erase the pad key, then the rest. Repeatable after a crash at any point. Raises OSError."""
+    erase_key(directory)
     shutil.rmtree(directory)
     files.sync_directory(directory.parent)
 
@@ -301,7 +330,7 @@ def _inspect_batch(directory: Path, batch_id: str, suffix: str) -> BatchInfo:
             fd = files.open_existing(path)
             try:
                 files.check_identity(meta, fd, directory)
-                spent = files.SpentCounter(fd, path, batch_id, total).spent
+                spent = SpentCounter(fd, path, batch_id, total).spent
             finally:
                 os.close(fd)
             state = "ready" if spent < total else "spent"

@@ -14,7 +14,8 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
-from numba import njit
+
+from otpipe.kernels.cpu import kernel
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -43,7 +44,7 @@ def row_seeds(batch_id: str, map_indices: tuple[int, ...], num_slots: int) -> np
     return _splitmix64((maps | np.arange(num_slots, dtype=np.uint64)[None, :]) ^ tag)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def first_bad_row(rows: np.ndarray, weights: np.ndarray, expected: np.ndarray) -> int:
     """Index of the first row of ``rows`` (R, m) whose sum is not ``expected`` (R,), or -1."""
     for i in range(rows.shape[0]):
@@ -56,7 +57,7 @@ def first_bad_row(rows: np.ndarray, weights: np.ndarray, expected: np.ndarray) -
     return -1
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def transpose_and_sum(
     source: np.ndarray, target: np.ndarray, column: int, weights: np.ndarray, sums: np.ndarray
 ) -> None:

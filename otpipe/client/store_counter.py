@@ -63,9 +63,10 @@ class SpentCounter:
 
     def __init__(self, fd: int, path: Path, batch_id: str, num_slots: int) -> None:
         self._fd, self._path, self._batch_id, self._num_slots = fd, path, batch_id, num_slots
+        found = [self._read(index) for index in (0, 1)]
         #: the bytes of each record as this process knows them; None: its own write failed there
-        self._known: list[bytes | None] = [self._read(index) for index in (0, 1)]
-        records = [_decode_record(data or b"", batch_id, num_slots) for data in self._known]
+        self._known: list[bytes | None] = [*found]
+        records = [_decode_record(data, batch_id, num_slots) for data in found]
         good = [record for record in records if record is not None]
         if not good:
             raise BatchDamaged(

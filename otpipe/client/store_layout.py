@@ -32,7 +32,7 @@ FILE_NAMES = (META_NAME, KEY_NAME, COUNTER_NAME, CORRECTIONS_NAME, CHECKSUMS_NAM
 
 PARTIAL = ".partial"  # being prepared; worthless after a crash
 SPENT = ".spent"  # being erased
-DAMAGED = ".damaged"  # set aside, kept for the user to look at
+DAMAGED = ".damaged"  # set aside without its key, kept for the user to look at
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _BATCH_DIR = re.compile(r"([0-9a-f]{32})(\.partial|\.spent|\.damaged)?")

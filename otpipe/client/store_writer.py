@@ -16,6 +16,7 @@ import numpy as np
 from otpipe.client import store_files as files
 from otpipe.client.store_batch import encode_checksums, erase_directory
 from otpipe.client.store_checksum import position_weights, row_seeds, transpose_and_sum
+from otpipe.client.store_counter import new_counter
 from otpipe.client.store_layout import (
     CHECKSUMS_NAME,
     CORRECTIONS_NAME,
@@ -96,8 +97,7 @@ class BatchWriter:
             with self._disk_errors(f"create {self.path}"):
                 self.path.mkdir(mode=0o700)
                 files.write_private(self.path / KEY_NAME, files.encode_key(self.batch_id, pad_key))
-                counter = files.new_counter(self.batch_id)
-                files.write_private(self.path / COUNTER_NAME, counter)
+                files.write_private(self.path / COUNTER_NAME, new_counter(self.batch_id))
                 self._fd = files.create_private(self.path / CORRECTIONS_NAME)
                 files.reserve(self._fd, corrections_bytes)
         except BaseException:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _SENTENCEPIECE_SPACE = "\u2581"
+_BYTE_TOKEN_CHARACTERS = len("<0xE4>")
+_MAX_STRIP = 16  # characters off the beginning of the text; Llama strips one
 
 
 class TextStream:
@@ -55,6 +57,14 @@ class _Pieces(Protocol):
     def finish(self) -> str: ...
 
 
+def decodes_token_by_token(decoder: Any) -> bool:
+    """Whether :class:`TextStream` shows text with its tokens, at a cost bounded by their length.
+
+    decoder: of a ``tokenizers.Tokenizer``. With every other, all of the text comes at the end.
+    """
+    return not isinstance(_pieces_for(decoder), _WholeText)
+
+
 def _pieces_for(decoder: Any) -> _Pieces:
     if decoder is None:  # tokenizers joins the tokens with spaces then
         return _WholeText(" ".join)
@@ -85,8 +95,11 @@ def _is_sentencepiece(steps: list[dict[str, Any]]) -> bool:
         replace["pattern"] != {"String": _SENTENCEPIECE_SPACE} or replace["content"] != " "
     ):
         return False
-    # Without Fuse every token would be stripped; with stop > 0 the end of the text would be.
-    return strip is None or ("Fuse" in kinds and strip["stop"] == 0)
+    # Without Fuse every token would be stripped; with stop > 0 the end of the text would be. What
+    # is stripped from the beginning is decoded again with each token until there is more.
+    return strip is None or (
+        "Fuse" in kinds and strip["stop"] == 0 and strip["start"] <= _MAX_STRIP
+    )
 
 
 class _ByteLevelPieces:
@@ -130,7 +143,7 @@ class _SentencePiecePieces:
     def push(self, token: str) -> str:
         self._held.append(token)
         # Some other tokens look like this too; holding them as well changes nothing in the text.
-        if token.startswith("<0x") and token.endswith(">"):
+        if len(token) == _BYTE_TOKEN_CHARACTERS and token.startswith("<0x") and token.endswith(">"):
             return ""
         return self._flush()
 

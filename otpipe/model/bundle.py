@@ -22,11 +22,20 @@ from torch import Tensor
 
 from otpipe.errors import CheckpointError, ProtocolError
 from otpipe.model.quantize import INT8_MAX, QuantizedMap
-from otpipe.model.spec import LinearMap, ModelSpec
+from otpipe.model.spec import LAYER_MAP_KINDS, MAX_LAYERS, LinearMap, ModelSpec
 
 BUNDLE_VERSION = 1
 MAX_BUNDLE_BYTES = 256 << 20
 MAX_FILE_BYTES = 64 << 20
+MAX_VALUE = 1e6
+"""Largest magnitude of a scale, bias or norm gain; those of published models stay below 1000."""
+
+_MAX_MAPS = 2 + len(LAYER_MAP_KINDS) * MAX_LAYERS
+_MAX_NORMS = 1 + 2 * MAX_LAYERS
+_MAX_TEXT_BYTES = 256  # names, and a fingerprint
+# All tables, lists and their entries: seven for each map (its five fields, their table, its place in
+# the list), the norms, and few more. Each may cost one byte on the wire and a hundred in memory.
+_MAX_ENTRIES = 7 * _MAX_MAPS + _MAX_NORMS + 256
 # Tokenizer and generation settings that are plain text. Pickled, binary and code files stay out.
 PUBLIC_FILES = (
     "config.json",
@@ -120,7 +129,7 @@ class ModelBundle:
         if len(data) > MAX_BUNDLE_BYTES:
             raise _bad(f"{len(data)} bytes where at most {MAX_BUNDLE_BYTES} are allowed")
         try:
-            message = msgpack.unpackb(data, raw=False, strict_map_key=True)
+            message = _decode(data)
         except (ValueError, msgpack.UnpackException, RecursionError) as error:
             raise _bad(f"no valid msgpack ({error!s:.60})") from None
         version = message.get("version") if isinstance(message, dict) else None
@@ -193,18 +202,45 @@ def _encode(message: Mapping[str, Any]) -> bytes:
     return packed
 
 
+def _decode(data: bytes) -> Any:
+    """The values in ``data``; ValueError, before they pile up, for more than a bundle has."""
+    entries = 0
+
+    def counted(container: Any) -> Any:
+        nonlocal entries
+        entries += 1 + len(container)
+        if entries > _MAX_ENTRIES:
+            raise ValueError(f"more than {_MAX_ENTRIES} entries")
+        return container
+
+    return msgpack.unpackb(
+        data,
+        raw=False,
+        strict_map_key=True,
+        object_hook=counted,
+        list_hook=counted,
+        max_array_len=_MAX_MAPS,
+        max_map_len=_MAX_NORMS,
+        max_bin_len=MAX_FILE_BYTES,
+        max_str_len=_MAX_TEXT_BYTES,
+        max_ext_len=0,
+    )
+
+
 def _array_bytes(values: Tensor) -> bytes:
     return values.contiguous().numpy().astype("<f4", copy=False).tobytes()
 
 
 def _array(data: object, length: int, what: str) -> Tensor:
-    """float32 (length,) from little-endian bytes; finite."""
+    """float32 (length,) from little-endian bytes; finite, at most :data:`MAX_VALUE`."""
     if not isinstance(data, bytes) or len(data) != 4 * length:
         found = f"{len(data)} bytes" if isinstance(data, bytes) else type(data).__name__
         raise _bad(f"{found} where {what} has {4 * length} bytes")
     values = torch.from_numpy(np.frombuffer(data, dtype="<f4").astype(np.float32))
     if not bool(torch.isfinite(values).all()):
         raise _bad(f"NaN or infinity in {what}")
+    if bool((values.abs() > MAX_VALUE).any()):
+        raise _bad(f"a value beyond {MAX_VALUE:g} in {what}")
     return values
 
 

@@ -30,8 +30,9 @@ EMBED_RING_BITS = 8
 RING_BITS = 32
 
 # Far above every published model, low enough that sizes from a peer cannot exhaust memory.
+MAX_LAYERS = 1024
 _INT_RANGES = {
-    "num_layers": (1, 1024),
+    "num_layers": (1, MAX_LAYERS),
     "hidden_size": (1, 1 << 16),
     "intermediate_size": (1, 1 << 18),
     "num_heads": (1, 1024),
@@ -114,7 +115,8 @@ class ModelSpec:
             raise ValueError(f"family {self.family!r}, supported are {', '.join(FAMILIES)}")
         for name, (low, high) in _INT_RANGES.items():
             _check_int(name, getattr(self, name), low, high)
-        _check_float("rms_norm_eps", self.rms_norm_eps, 0.0, 1.0)
+        # Not 0, nor 0 as a float32: a row of zeros would be divided by it.
+        _check_float("rms_norm_eps", self.rms_norm_eps, 1e-12, 1.0)
         for name in ("tied_embeddings", "qkv_bias", "o_bias", "mlp_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} {getattr(self, name)!r}, which must be true or false")

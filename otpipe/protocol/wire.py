@@ -37,6 +37,9 @@ MAX_HEADER_BYTES = 4096
 MAX_PAYLOAD_BYTES = 256 << 20
 """Hard limit of any payload. The state of a conversation normally allows far less."""
 
+MAX_HEADER_FIELDS = 16
+"""Fields of one header; their values are numbers, strings and byte strings."""
+
 READ_BUFFER_BYTES = 1 << 16
 SEND_PIECE_BYTES = 1 << 20
 MIN_BYTES_PER_S = 100_000
@@ -163,7 +166,13 @@ class FrameConnection:
             )
         raw = bytes(self._take(header_bytes, deadline))
         try:
-            header = msgpack.unpackb(raw, strict_map_key=True)
+            header = msgpack.unpackb(
+                raw,
+                strict_map_key=True,
+                max_map_len=MAX_HEADER_FIELDS,
+                max_array_len=0,
+                max_ext_len=0,
+            )
         except Exception as error:  # msgpack raises many unrelated types on bad input
             raise ProtocolError(f"a frame header is not valid msgpack: {error}") from error
         if not isinstance(header, dict) or not all(isinstance(key, str) for key in header):
