@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import CliRunner, Result, _NamedTextIOWrapper
 from servers import SAMPLE, LocalServer, local_server
 
 from otpipe import Client
 from otpipe.cli import main
+from otpipe.client.client import Generation
 
 GENERATION_KEYS = ["text", "token_ids", "prompt_tokens", "finish_reason", "stats"]
 STATS_KEYS = [
@@ -164,6 +165,40 @@ def test_slots_of_an_empty_store(tmp_path: Path) -> None:
     assert json.loads(run("slots", "--store", str(tmp_path), "--json").stdout) == []
 
 
+@pytest.mark.parametrize(
+    ("terminal", "options", "shown"),
+    [
+        (True, [], "a\tb\n[2J]0;x31mé\u0600c"),
+        (False, [], "a\tb\n\x1b[2J\x1b]0;x\x07\x9b31m\r\x7fé\u0600c"),
+        (True, ["--json"], None),
+    ],
+    ids=["terminal", "pipe", "json"],
+)
+def test_generated_text_does_not_steer_a_terminal(
+    server: LocalServer,
+    store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    terminal: bool,
+    options: list[str],
+    shown: str | None,
+) -> None:
+    text = "a\tb\n\x1b[2J\x1b]0;x\x07\x9b31m\r\x7fé\u0600c"
+
+    def answer(client: Client, *_: object, **__: object) -> Iterator[str]:
+        client.last = Generation(text=text)
+        yield from text  # a sequence may be cut anywhere
+
+    monkeypatch.setattr(Client, "generate", answer)
+    monkeypatch.setattr(_NamedTextIOWrapper, "isatty", lambda _: terminal, raising=False)
+    ended = generate(server, store, "--prompt", "x", *options)
+    assert ended.exit_code == 0, ended.stderr
+    printed = ended.stdout_bytes.decode()
+    if shown is None:
+        assert json.loads(printed)["text"] == text
+    else:
+        assert printed == shown + "\n"
+
+
 # -- misuse ----------------------------------------------------------------------------------------
 
 
@@ -182,6 +217,7 @@ def test_slots_of_an_empty_store(tmp_path: Path) -> None:
         (["--prompt", "x", "--max-new-tokens", "0"], "0 is not in the range x>=1"),
         (["--prompt", "x", "--temperature", "hot"], "'hot' is not a valid float"),
         (["--prompt", "x", "--fingerprint", "f" * 64], "ffff"),
+        (["--prompt", "x", "--fingerprint", "f" * 31], "is not at least 32 hex digits"),
         (["--prompt", "x", "--ca", "/no/such/file"], "--ca /no/such/file cannot be used"),
     ],
 )
@@ -189,7 +225,7 @@ def test_misuse_of_generate(
     server: LocalServer, store: Path, args: list[str], sentence: str
 ) -> None:
     ended = generate(server, store, *args)
-    says(ended, sentence, EXIT_FAILURE if "--fingerprint" in args else EXIT_USAGE)
+    says(ended, sentence, EXIT_FAILURE if sentence == "ffff" else EXIT_USAGE)
 
 
 def test_a_prompt_that_is_not_utf8(server: LocalServer, store: Path, tmp_path: Path) -> None:

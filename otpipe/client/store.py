@@ -21,9 +21,9 @@ somebody changed it all the same, the batch is set aside and hands out nothing a
 What this does not do:
   - Forward secrecy is per batch. The pad key of a batch exists until its last slot is spent;
     who copies the disk before that can unmask recorded traffic of that batch. Then, or when the
-    batch is set aside, the key is overwritten and deleted, but an SSD, a journaling or copy-on-write file system, a snapshot
-    or a backup may keep the old bytes. Put the store on an encrypted disk, and keep it out of
-    backups.
+    batch is set aside, the key is overwritten and deleted, but an SSD, a journaling or
+    copy-on-write file system, a snapshot or a backup may keep the old bytes. Put the store on an
+    encrypted disk, and keep it out of backups.
   - A copied or restored store would spend its pads a second time. Each batch is bound to the
     machine (its machine-id) and to the inode number and inode generation of its counter file,
     and a copy is refused. Not noticed: a counter overwritten in place with old contents while no
@@ -42,17 +42,14 @@ What this does not do:
 
 from __future__ import annotations
 
-import json
 import os
 import threading
-import time
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
 import platformdirs
-from filelock import FileLock, Timeout
 
 from otpipe.client import store_files as files
 from otpipe.client.store_batch import (
@@ -74,8 +71,9 @@ from otpipe.client.store_layout import (
     parse_batch_dir,
 )
 from otpipe.client.store_lease import PadReuseError, SlotLease, Span
+from otpipe.client.store_lock import StoreLock
 from otpipe.client.store_writer import BatchWriter, StoreFull
-from otpipe.errors import SlotsExhausted, StoreError, StoreLocked
+from otpipe.errors import SlotsExhausted, StoreError
 
 __all__ = [
     "BatchInfo",
@@ -88,9 +86,6 @@ __all__ = [
     "StoreFull",
     "default_root",
 ]
-
-_LOCK_NAME = "lock"
-_HOLDER_NAME = "holder.json"
 
 
 def default_root() -> Path:
@@ -121,16 +116,17 @@ class PadStore:
         self._set_aside_open: list[Batch] = []  # leases may still be in the middle of a read
         self._leases: weakref.WeakSet[SlotLease] = weakref.WeakSet()
         self._writers: set[BatchWriter] = set()
-        self._lock: FileLock | None = None
+        self._lock: StoreLock | None = None
         try:
             if exclusive:
-                _make_private(root, self.path)
-                self._acquire()
+                files.make_private_directory(root)
+                files.make_private_directory(self.path)
+                self._lock = StoreLock(self.path)
                 self._tighten_modes()
             if self.path.is_dir():
                 self._load()
-            if exclusive:
-                self._sign()
+            if self._lock is not None:
+                self._lock.sign()
         except OSError as error:
             self._release()
             raise StoreError(
@@ -170,28 +166,6 @@ class PadStore:
             raise StoreError(f"cannot read the pad store {path}: {error}") from error
 
     # --- opening ---------------------------------------------------------------------------------
-
-    def _acquire(self) -> None:
-        lock = FileLock(self.path / _LOCK_NAME, timeout=0, mode=0o600, thread_local=False)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise self._locked() from None
-        self._lock = lock
-
-    def _locked(self) -> StoreLocked:
-        return StoreLocked(
-            f"the pad store {self.path} is in use by {_holder(self.path)}; two processes must "
-            "not draw from the same pads: end that process, or use another store directory"
-        )
-
-    def _sign(self) -> None:
-        """Say who holds the store; not before every lock is ours."""
-        temporary = self.path / f"{_HOLDER_NAME}.new"
-        temporary.unlink(missing_ok=True)
-        holder = json.dumps({"pid": os.getpid(), "since": time.time()}).encode()
-        files.write_private(temporary, holder)
-        temporary.replace(self.path / _HOLDER_NAME)
 
     def _tighten_modes(self) -> None:
         mode = self.path.stat().st_mode & 0o777
@@ -233,7 +207,8 @@ class PadStore:
         except StoreError as error:  # intact, but not for us: left where it is
             self._warn(error)
         except BlockingIOError:  # drawn from elsewhere, although the store's lock file was free
-            raise self._locked() from None
+            assert self._lock is not None
+            raise self._lock.refusal() from None
         except OSError as error:
             self._warn(StoreError(f"cannot read the batch {directory}: {error}; it is not used"))
         else:
@@ -423,20 +398,3 @@ class PadStore:
 
     def __reduce__(self) -> str:
         raise TypeError("pads are secret and are never pickled")
-
-
-def _make_private(root: Path, path: Path) -> None:
-    """Create the store's directories for this user only; a root that exists keeps its mode."""
-    if not root.is_dir():
-        root.parent.mkdir(parents=True, exist_ok=True)
-        root.mkdir(mode=0o700, exist_ok=True)
-    if not path.is_dir():
-        path.mkdir(mode=0o700, exist_ok=True)
-        files.sync_directory(root)
-
-
-def _holder(path: Path) -> str:
-    try:
-        return f"process {int(json.loads((path / _HOLDER_NAME).read_bytes())['pid'])}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"

@@ -89,7 +89,7 @@ class Batch:
         self.directory, self.batch_id, self.layout = directory, batch_id, layout
         self._corrections_fd = -1
         self._counter: SpentCounter | None = None
-        self._moved: CounterMoved | None = None
+        self._refusal = ""  # why no pads are handed out any more
         self._regions: dict[int, _MapRegion] = {}
         try:
             self._open(writable)
@@ -104,7 +104,11 @@ class Batch:
 
     def _open(self, writable: bool) -> None:
         path = self.directory / COUNTER_NAME
-        fd = files.open_existing(path, writable)
+        try:
+            fd = files.open_existing(path, writable)
+        except FileNotFoundError:
+            self._read_meta()  # a batch that is not ours need not have one
+            raise
         try:
             if writable:  # before anything else: a batch that somebody uses is not judged
                 files.lock_file(fd)
@@ -192,7 +196,7 @@ class Batch:
         try:
             self._counter.advance(first + count)
         except CounterMoved as error:
-            self._moved = error
+            self._refusal = str(error)
             raise
         except OSError as error:
             raise StoreError(
@@ -216,8 +220,8 @@ class Batch:
 
     def pads(self, map_index: int, first_slot: int, count: int) -> np.ndarray:
         """r (count, n) of consecutive slots. Raises CounterMoved."""
-        if self._moved is not None:
-            raise self._moved
+        if self._refusal:
+            raise CounterMoved(self._refusal)
         return self._regions[map_index].pads.rows(first_slot, count)
 
     def corrections(self, map_index: int, first_slot: int, count: int) -> np.ndarray:

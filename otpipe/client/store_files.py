@@ -63,6 +63,15 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
+def make_private_directory(path: Path) -> None:
+    """Create a directory for this user only; one that exists keeps its mode."""
+    if path.is_dir():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.mkdir(mode=0o700, exist_ok=True)
+    sync_directory(path.parent)
+
+
 def create_private(path: Path) -> int:
     """Create a new file of mode 0600; returns its descriptor."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -83,7 +83,8 @@ class CoordinateReader:
     """Blocks of coordinates for all slots of a batch, in any order; fast when ascending.
 
     Keeps the last four tiles of at most 64 MB of pads, so that a walk through the coordinates of a
-    map, or of up to four maps by turns, generates every byte once. Safe to call from several threads.
+    map, or of up to four maps by turns, generates every byte once. Safe to call from several
+    threads.
     """
 
     def __init__(self, pad_key: bytes, layout: ModelLayout, num_slots: int) -> None:

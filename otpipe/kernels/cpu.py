@@ -17,6 +17,7 @@ Shape suffixes: T rows, n inputs, m outputs, D digit planes.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -34,9 +35,34 @@ if sys.byteorder != "little":  # pragma: no cover - all supported hosts are litt
     raise ImportError("otpipe views integers as little-endian bytes; use a little-endian host.")
 
 Array = NDArray[Any]
-#: decorators of every compiled kernel, here and in ``otpipe.crypto``
-kernel: Any = nb.njit(nogil=True, cache=True, boundscheck=False)
-team_kernel: Any = nb.njit(nogil=True, cache=True, boundscheck=False, parallel=True)
+log = logging.getLogger("otpipe.kernels")
+_told_uncached = False
+
+
+def _compiler(**options: Any) -> Callable[[Any], Any]:
+    """A decorator that compiles at the first call, and keeps the result on disk where it can."""
+    cached = nb.njit(nogil=True, boundscheck=False, cache=True, **options)
+    uncached = nb.njit(nogil=True, boundscheck=False, **options)
+
+    def decorate(function: Any) -> Any:
+        global _told_uncached
+        try:
+            return cached(function)
+        except RuntimeError:  # numba found no directory to write to
+            if not _told_uncached:
+                _told_uncached = True
+                log.warning(
+                    "no directory can be written for compiled kernels, so each start compiles "
+                    "them again; set NUMBA_CACHE_DIR to a directory of yours"
+                )
+            return uncached(function)
+
+    return decorate
+
+
+#: decorators of every compiled kernel, here, in ``otpipe.crypto`` and ``otpipe.client``
+kernel = _compiler()
+team_kernel = _compiler(parallel=True)
 
 _team_lock = threading.Lock()
 _numba_config: Any = nb.config
@@ -118,14 +144,37 @@ def parallel_for(body: Callable[[int, int], None], total: int, grain: int) -> No
 # widening to 64-bit multiplications.
 
 
-@team_kernel
-def gemv_rows_int32(weight_mn: Array, x_n: Array, out_m: Array) -> None:
+#: inputs from which four rows share each read of x, which no longer stays in the first-level cache
+_LONG_ROW = 2048
+
+
+@kernel
+def _dot_int32(row: Array, x_n: Array) -> np.int32:
+    total = np.int32(0)
+    for j in range(x_n.shape[0]):
+        total = np.int32(total + np.int32(np.int32(row[j]) * x_n[j]))
+    return total
+
+
+@kernel
+def gemv_rows_int32(weight_mn: Array, x_n: Array, out_m: Array, lo: int, hi: int) -> None:
     """out[i] = sum_j weight[i, j] * x[j] mod 2^32, weight row-major int8, x and out int32."""
-    for i in nb.prange(weight_mn.shape[0]):
-        total = np.int32(0)
-        for j in range(weight_mn.shape[1]):
-            total = np.int32(total + np.int32(np.int32(weight_mn[i, j]) * x_n[j]))
-        out_m[i] = total
+    weight, out = weight_mn[lo:hi], out_m[lo:hi]
+    done = 0
+    if x_n.shape[0] >= _LONG_ROW:
+        for i in range(0, weight.shape[0] - 3, 4):
+            row_0, row_1, row_2, row_3 = weight[i], weight[i + 1], weight[i + 2], weight[i + 3]
+            total_0 = total_1 = total_2 = total_3 = np.int32(0)
+            for j in range(x_n.shape[0]):
+                x = x_n[j]
+                total_0 = np.int32(total_0 + np.int32(np.int32(row_0[j]) * x))
+                total_1 = np.int32(total_1 + np.int32(np.int32(row_1[j]) * x))
+                total_2 = np.int32(total_2 + np.int32(np.int32(row_2[j]) * x))
+                total_3 = np.int32(total_3 + np.int32(np.int32(row_3[j]) * x))
+            out[i], out[i + 1], out[i + 2], out[i + 3] = total_0, total_1, total_2, total_3
+            done = i + 4
+    for i in range(done, weight.shape[0]):
+        out[i] = _dot_int32(weight[i], x_n)
 
 
 @team_kernel

@@ -31,6 +31,7 @@ _CUDA_TILE_ELEMENTS = 1 << 26
 _CUDA_MIN_ROWS = 32  # torch._int_mm on CUDA refuses 16 rows or fewer
 _CUDA_ALIGN = 8
 _FLOAT_TILE_COLUMNS = 1024
+_GEMV_PART_BYTES = 1 << 20
 
 _scratch = threading.local()
 
@@ -189,9 +190,15 @@ def _gemv(x: Tensor, weight: Tensor, bits: int) -> Tensor:
     out = torch.empty(m, dtype=x.dtype)
     source, target = x.contiguous().view(-1).numpy(), out.numpy()
     narrow = x.dtype == torch.int32
-    if weight.is_contiguous():
-        kernel = cpu.gemv_rows_int32 if narrow else cpu.gemv_rows_int64
-        cpu.on_team(kernel, weight.numpy(), source, target)
+    if weight.is_contiguous() and narrow:
+        matrix = weight.numpy()
+        # Waking a second thread costs about as much as reading a megabyte.
+        parts = max(1, min(torch.get_num_threads(), weight.numel() // _GEMV_PART_BYTES))
+        cpu.parallel_for(
+            lambda lo, hi: cpu.gemv_rows_int32(matrix, source, target, lo, hi), m, -(-m // parts)
+        )
+    elif weight.is_contiguous():
+        cpu.on_team(cpu.gemv_rows_int64, weight.numpy(), source, target)
     else:
         kernel = cpu.gemv_columns_int32 if narrow else cpu.gemv_columns_int64
         num_parts = max(1, min(torch.get_num_threads(), weight.shape[1] // 64))

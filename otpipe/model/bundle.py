@@ -33,8 +33,8 @@ MAX_VALUE = 1e6
 _MAX_MAPS = 2 + len(LAYER_MAP_KINDS) * MAX_LAYERS
 _MAX_NORMS = 1 + 2 * MAX_LAYERS
 _MAX_TEXT_BYTES = 256  # names, and a fingerprint
-# All tables, lists and their entries: seven for each map (its five fields, their table, its place in
-# the list), the norms, and few more. Each may cost one byte on the wire and a hundred in memory.
+# All tables, lists and their entries: seven for each map (five fields, their table, its place in
+# the list), the norms, and few more. Each may cost a byte on the wire and a hundred in memory.
 _MAX_ENTRIES = 7 * _MAX_MAPS + _MAX_NORMS + 256
 # Tokenizer and generation settings that are plain text. Pickled, binary and code files stay out.
 PUBLIC_FILES = (

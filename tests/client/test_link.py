@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import socket
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,10 +20,26 @@ from servers import SAMPLE, LocalServer, local_server
 
 from otpipe import Client
 from otpipe.cli import main as cli
-from otpipe.errors import ConnectionLost, FingerprintMismatch, ServerRefused, UsageError
+from otpipe.client.link import LinkOptions, ServerAddress, ServerLink
+from otpipe.errors import (
+    ConnectionLost,
+    FingerprintMismatch,
+    OtpipeError,
+    ProtocolError,
+    ServerRefused,
+    UsageError,
+)
 from otpipe.model.program import forward
 from otpipe.model.reference import PlaintextExecutor
-from otpipe.protocol.messages import Linear, MessageType, Ping
+from otpipe.protocol.messages import (
+    Error,
+    Linear,
+    Message,
+    MessageType,
+    Ping,
+    Welcome,
+    send_message,
+)
 from otpipe.protocol.wire import FrameConnection
 
 PROMPT = [2, 71, 8, 28, 18, 28, 45, 90]
@@ -383,3 +403,97 @@ def test_the_description_is_downloaded_once(server: LocalServer, tmp_path: Path)
         assert downloads() == 1
         assert cached.read_bytes() == good
         assert downloads() == 0
+
+
+# -- text of the server that reaches a terminal ----------------------------------------------------
+
+EVIL = "\x1b[2J\x1b]0;owned\x07all is\r\nwell\x9b31m\u202e" + "x" * 900
+FINGERPRINT = "ab" * 32
+
+
+@contextmanager
+def scripted_server(*answers: Message) -> Iterator[str]:
+    """Greets every client, and answers its requests, with these messages in turn."""
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock, _ = listener.accept()
+                connection = FrameConnection(sock)
+                with contextlib.suppress(OtpipeError):
+                    for answer in answers:
+                        connection.receive_head()
+                        send_message(connection, answer)
+                connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join()
+
+
+def welcome_of(server: str = "otpipe", weights: str = "public", fingerprint: str = "") -> Welcome:
+    return Welcome(
+        server=server,
+        fingerprint=fingerprint or FINGERPRINT,
+        weights=weights,
+        num_ranks=1,
+        bundle_bytes=1,
+        bundle_sha256=bytes(32),
+    )
+
+
+def link_to(address: str) -> ServerLink:
+    return ServerLink(LinkOptions(ServerAddress.parse_list(address), retry_for_s=0))
+
+
+def test_the_greeting_is_printable() -> None:
+    with scripted_server(welcome_of(server=EVIL, weights=EVIL)) as address:
+        link = link_to(address)
+        link.close()
+    for text in (link.welcome.server, link.welcome.weights):
+        assert text.isprintable()
+        assert text.startswith("?[2J?]0;owned?all is well?31m?xxx")
+        assert len(text) <= 160
+
+
+@pytest.mark.parametrize("fingerprint", [EVIL, "ab" * 31, "AB" * 32, "ab" * 32 + "\n"])
+def test_a_greeting_without_a_fingerprint(fingerprint: str) -> None:
+    with (
+        scripted_server(welcome_of(fingerprint=fingerprint)) as address,
+        pytest.raises(ProtocolError, match="a fingerprint that is not 64 hex digits") as caught,
+    ):
+        link_to(address)
+    assert str(caught.value).isprintable()
+
+
+def test_refusals_are_printable() -> None:
+    with scripted_server(Error(EVIL)) as address:
+        with pytest.raises(ConnectionLost, match=r"refused: .*owned") as caught:
+            link_to(address)
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 700
+    with scripted_server(welcome_of(), Error(EVIL)) as address:
+        link = link_to(address)
+        with pytest.raises(ServerRefused, match=r"the server refused: .*owned") as refused:
+            link.request(Ping(), b"", MessageType.PONG, lambda _: 0)
+        link.close()
+        assert str(refused.value).isprintable()
+        assert len(str(refused.value)) < 500
+
+
+# -- the fingerprint that the user asks for --------------------------------------------------------
+
+
+def test_a_fingerprint_is_pinned(server: LocalServer, tmp_path: Path) -> None:
+    held = server.bundle.fingerprint
+    for wanted in (held, held[:32], held[:40].upper()):
+        Client(server.address, tmp_path, fingerprint=wanted).close()
+    for wanted in (held[:31], held[:16], "", "x" * 64):
+        with pytest.raises(UsageError, match="is not at least 32 hex digits; copy it from"):
+            Client(server.address, tmp_path, fingerprint=wanted)
+    other = held[:31] + ("0" if held[31] != "0" else "1")
+    with pytest.raises(FingerprintMismatch, match=f"holds weights {held}, not the {other} that"):
+        Client(server.address, tmp_path, fingerprint=other)

@@ -216,6 +216,97 @@ def test_a_panic_of_the_tokenizers_library_is_no_traceback(tmp_path: Path) -> No
         encoder.encode("a")
 
 
+def with_backend(files: dict[str, bytes], **parts: object) -> dict[str, bytes]:
+    backend = json.loads(files["tokenizer.json"]) | parts
+    return {**files, "tokenizer.json": json.dumps(backend).encode()}
+
+
+def with_token(token: str, where: str) -> dict[str, bytes]:
+    """Byte-level files that name this token in one of the places where tokens may stand."""
+    files = byte_level_files()
+    backend = json.loads(files["tokenizer.json"])
+    added = {
+        "content": token, "single_word": False, "lstrip": False, "rstrip": False,
+        "normalized": False, "special": False,
+    }  # fmt: skip
+    size = 5000
+    if where == "vocabulary":
+        return with_backend(
+            files, model=backend["model"] | {"vocab": backend["model"]["vocab"] | {token: size}}
+        )
+    if where == "added token":
+        return with_backend(files, added_tokens=[*backend["added_tokens"], added | {"id": size}])
+    if where == "extra special tokens":
+        return with_config(files, extra_special_tokens=[token])
+    return with_config(files, pad_token=token)
+
+
+PLACES = ["vocabulary", "added token", "extra special tokens", "settings"]
+
+
+@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("token", ["Ġ" * 512, "Ġ" * 128])
+def test_long_tokens_of_published_models_are_fine(token: str, where: str, tmp_path: Path) -> None:
+    assert encoder_of(with_token(token, where), tmp_path).encode("a")
+
+
+@pytest.mark.parametrize("where", PLACES)
+def test_tokens_that_take_long_to_decode_are_refused(where: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has a token of 1026 bytes; at most 1024 are supp"):
+        encoder_of(with_token("Ġ" * 513, where), tmp_path)
+
+
+SPACES = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": True},
+        {
+            "type": "Sequence",
+            "decoders": [
+                SPACES,
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+    ],
+)
+def test_decoders_of_published_models_are_fine(decoder: object, tmp_path: Path) -> None:
+    assert encoder_of(with_backend(sentencepiece_like(), decoder=decoder), tmp_path).encode("a")
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        None,
+        {"type": "WordPiece", "prefix": "##", "cleanup": True},
+        {"type": "Sequence", "decoders": []},
+        {"type": "Sequence", "decoders": [SPACES | {"content": "x" * 10**5}, {"type": "Fuse"}]},
+        {"type": "Sequence", "decoders": [SPACES | {"pattern": {"Regex": "(a+)+b"}}]},
+        {"type": "Sequence", "decoders": [SPACES, SPACES]},
+        {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 10**9, "stop": 0},
+            ],
+        },
+    ],
+)
+def test_decoders_that_could_take_long_are_refused(decoder: object, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="another decoder than ByteLevel, Metaspace, or the"):
+        encoder_of(with_backend(sentencepiece_like(), decoder=decoder), tmp_path)
+
+
+def sentencepiece_like() -> dict[str, bytes]:
+    """With a class that keeps the decoder of the file; LlamaTokenizer brings its own."""
+    return with_config(sentencepiece_files(), tokenizer_class="PreTrainedTokenizerFast")
+
+
 def test_no_tokenizer_json(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"The model comes without a tokenizer\.json"):
         encoder_of({"config.json": b'{"model_type": "qwen2"}'}, tmp_path)

@@ -249,6 +249,34 @@ def test_second_process_is_locked_out_until_the_first_dies(tmp_path: Path) -> No
         assert store.free_slots == 4
 
 
+def hold_and_draw(root: Path, say: Callable[[str], None]) -> None:
+    with open_store(root) as store:
+        say("ready")
+        while store.free_slots > 1:
+            (slot,) = store.draw(1).slot_ids
+            say(f"{slot[0]} {slot[1]}")
+            time.sleep(0.002)
+        time.sleep(60)
+
+
+def test_second_process_is_locked_out_although_the_lock_file_was_deleted(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store:
+        prepare(store, 64)
+    child = Process(hold_and_draw, tmp_path)
+    assert child.wait_for_line() == "ready"
+    for _ in range(8):
+        (tmp_path / FINGERPRINT / "lock").unlink(missing_ok=True)
+        with pytest.raises(StoreLocked, match=f"in use by process {child.pid}"):
+            open_store(tmp_path)
+    child.kill()
+    _, seen = child.wait()
+    with open_store(tmp_path) as store:
+        assert not store.warnings
+        left = [f"{batch} {slot}" for batch, slot in store.draw(store.free_slots).slot_ids]
+    assert left and not set(left) & set(seen)
+    assert len(set(seen)) == len(seen)
+
+
 def test_file_size_limit_is_reported_as_a_full_store(tmp_path: Path) -> None:
     def work(root: Path, say: Callable[[str], None]) -> None:
         import resource

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -110,6 +112,10 @@ def changed(bundle: ModelBundle, path: tuple[Any, ...], value: object) -> bytes:
 NAN = b"\x00\x00\xc0\x7f"
 
 
+def le_floats(value: float, count: int) -> bytes:
+    return struct.pack("<f", value) * count
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
@@ -123,6 +129,10 @@ NAN = b"\x00\x00\xc0\x7f"
         (("maps", 1), None, "missing or unknown entries in map layers.0.qkv"),
         (("maps", 1, "scale"), "text", "str where scale of map layers.0.qkv has 320 bytes"),
         (("maps", 1, "scale"), b"\x00\x00\x80\xbf" * 80, "a negative scale in map layers.0.qkv"),
+        (("maps", 1, "scale"), le_floats(2e6, 80), "a value beyond 1e+06 in scale of map layers.0"),
+        (("maps", 1, "bias"), le_floats(-2e6, 80), "a value beyond 1e+06 in bias of map layers.0"),
+        (("norms", "final_norm"), le_floats(2e6, 48), "a value beyond 1e+06 in norm final_norm"),
+        (("spec", "rms_norm_eps"), 0.0, "rms_norm_eps 0.0, which must be a number from 1e-12"),
         (("maps", 1, "bias"), None, "no bias in map layers.0.qkv"),
         (("maps", 2, "bias"), bytes(192), "an unexpected bias in map layers.0.o"),
         (("maps", 1, "max_row_l2"), float("nan"), "max_row_l2 nan in map layers.0.qkv"),
@@ -173,6 +183,61 @@ def test_damaged_bytes_are_refused(bundle: ModelBundle, data: st.DataObject) -> 
 def test_arbitrary_bytes_are_refused(encoded: bytes) -> None:
     with pytest.raises(ProtocolError):
         ModelBundle.from_bytes(encoded)
+
+
+def test_values_up_to_the_bound_are_accepted(bundle: ModelBundle) -> None:
+    spec = bundle.spec
+    public = replace(bundle.maps[1], scale=torch.full((80,), 1e6), bias=torch.full((80,), -1e6))
+    got = PublicMap.from_message(public.to_message(), spec.maps[1])
+    assert torch.equal(got.scale, public.scale)
+
+
+EMPTY_TABLE_OF_2000 = b"\xde\x07\xd0" + b"".join(b"\xa4%04d\x90" % key for key in range(2000))
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        b"\xdd\x00\x20\x00\x00" + b"\x90" * (2 << 20),
+        b"\xdc\x10\x00" + (b"\xdc\x02\x00" + b"\x90" * 512) * 4096,
+        b"\xdc\x10\x00" + EMPTY_TABLE_OF_2000 * 200,
+        b"\xdb\x00\x20\x00\x00" + b"a" * (2 << 20),
+        b"\xc7\x01\x05a",
+    ],
+    ids=["one list", "lists", "tables", "text", "extension"],
+)
+def test_many_small_values_take_no_memory(encoded: bytes) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProtocolError, match="no valid msgpack"):
+            ModelBundle.from_bytes(encoded)
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_model_of_the_most_layers_fits_the_limits(bundle: ModelBundle) -> None:
+    spec = replace(
+        bundle.spec, num_layers=1024, hidden_size=2, intermediate_size=1, num_heads=1,
+        num_kv_heads=1, head_dim=2, vocab_size=2, qkv_bias=False,
+    )  # fmt: skip
+    large = replace(
+        bundle,
+        spec=spec,
+        norms=dict.fromkeys(spec.norm_names, torch.ones(2)),
+        maps=tuple(
+            PublicMap(
+                torch.ones(m.in_features if m.kind == "embed" else m.out_features),
+                torch.ones(m.out_features) if m.has_bias else None,
+                1.0,
+                1.0,
+                bytes(32),
+            )
+            for m in spec.maps
+        ),
+        files=dict.fromkeys(bundle_module.PUBLIC_FILES, b"{}"),
+    )
+    assert ModelBundle.from_bytes(large.to_bytes()).fingerprint == large.fingerprint
 
 
 def test_size_cap(bundle: ModelBundle, monkeypatch: pytest.MonkeyPatch) -> None:

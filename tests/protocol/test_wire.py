@@ -98,9 +98,12 @@ def test_large_payload_of_an_array_goes_through() -> None:
             f"payload of {MAX_PAYLOAD_BYTES + 1} bytes",
         ),
         (frame(b"\xc1"), ProtocolError, "not valid msgpack"),
-        (frame(b"\x93\x01\x02\x03"), ProtocolError, "not a map with string keys"),
+        (frame(b"\x93\x01\x02\x03"), ProtocolError, "max_array_len"),
+        (frame(b"\x01"), ProtocolError, "not a map with string keys"),
         (frame(msgpack.packb({1: 2})), ProtocolError, "msgpack|string keys"),
         (frame(b"\x81\xa1x"), ProtocolError, "not valid msgpack"),
+        (frame(b"\x81\xa1x" + b"\x91" * 1000 + b"\x90"), ProtocolError, "not valid msgpack"),
+        (frame(msgpack.packb({str(n): n for n in range(17)})), ProtocolError, "max_map_len"),
         (frame(b"\xdf\xff\xff\xff\xff"), ProtocolError, "not valid msgpack"),
     ],
 )
