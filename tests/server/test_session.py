@@ -64,7 +64,8 @@ from otpipe.protocol.wire import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, WIRE_VERSI
         (frame(1, b"\xdd\xff\xff\xff\xff"), "not valid msgpack"),  # array of 4 G entries
         (frame(1, b"\xdf\xff\xff\xff\xff\xa1x"), "not valid msgpack"),  # map of 4 G entries
         (frame(1, b"\xc6\xff\xff\xff\xff"), "not valid msgpack"),  # 4 GB of bytes
-        (frame(1, [1, 2]), "not a map with string keys"),
+        (frame(1, [1, 2]), "not valid msgpack"),
+        (frame(1, b"\xa1x"), "not a map with string keys"),
         (frame(1, {1: 2}), "not (valid msgpack|a map with string keys)"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
