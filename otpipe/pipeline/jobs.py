@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+import struct
+from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
-from torch import Tensor
 
-HEADER_FIELDS = 8
-HEADER_BYTES = 8 * HEADER_FIELDS
+_LAYOUT = struct.Struct("<8q")
+HEADER_BYTES = _LAYOUT.size
 
 
 class Op(IntEnum):
@@ -50,16 +50,25 @@ class JobHeader:
     payload_bytes: int = 0
     reserved: int = 0
 
-    def to_tensor(self, payload_bytes: int) -> Tensor:
-        """int64 tensor (8,) with ``payload_bytes`` filled in."""
-        values = list(astuple(self))
-        values[6] = payload_bytes
-        return torch.tensor(values, dtype=torch.int64)
+    def write(self, message: memoryview, payload_bytes: int) -> None:
+        """Write the header to the first bytes of ``message``, with ``payload_bytes`` filled in."""
+        _LAYOUT.pack_into(
+            message,
+            0,
+            self.op,
+            self.map_index,
+            self.rows,
+            self.session,
+            self.first,
+            self.extra,
+            payload_bytes,
+            self.reserved,
+        )
 
     @classmethod
-    def from_tensor(cls, row: Tensor) -> JobHeader:
-        """Inverse of :meth:`to_tensor`."""
-        return cls(*row.tolist())
+    def read(cls, message: memoryview) -> JobHeader:
+        """Inverse of :meth:`write`."""
+        return cls(*_LAYOUT.unpack_from(message, 0))
 
 
 EMPTY = torch.empty(0, dtype=torch.uint8)

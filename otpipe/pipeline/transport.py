@@ -8,7 +8,9 @@ sleeps in the kernel instead of spinning on its GPU). Payloads travel
 
 A gloo message whose receive has not been posted yet costs a rendezvous of two more hops. So a
 receive is always posted before its message is sent, and a payload of up to 1 MiB shares one message
-with its header (gloo delivers a message that is shorter than the posted buffer).
+with its header (gloo delivers a message that is shorter than the posted buffer). A send is not
+waited for: gloo completes it in a thread of its own, and waking up for that costs several times the
+message. The answer, or the next job, shows that it arrived; until then the tensors are kept.
 """
 
 from __future__ import annotations
@@ -33,7 +35,6 @@ IDLE_TIMEOUT = timedelta(days=365)
 
 _TAG = 0
 _INLINE_BYTES = 1 << 20
-_INBOX_BYTES = HEADER_BYTES + _INLINE_BYTES
 
 Answer = tuple[JobHeader, Tensor]
 
@@ -79,7 +80,10 @@ class Transport:
         group = dist.group.WORLD
         assert group is not None, "init_process_group made the group"
         self._group = group
-        self._inboxes = {peer: self._host_buffer(_INBOX_BYTES) for peer in range(world_size)}
+        self._sent: dict[int, list[tuple[dist.Work, Tensor]]] = {}
+        # A tensor and the same memory as bytes, one pair a peer and direction.
+        self._inboxes = {peer: self._message_buffer() for peer in range(world_size)}
+        self._outboxes = {peer: self._message_buffer() for peer in range(world_size)}
         if kind == "nccl":
             # Creates the communicator now, so that a broken fabric shows before "ready".
             probe = torch.ones(1, device=device)
@@ -141,13 +145,13 @@ class Transport:
 
     def _post(self, peer: int) -> dist.Work:
         """Post the receive of the next message of ``peer``."""
-        return self._group.recv([self._inboxes[peer]], peer, _TAG)
+        return self._group.recv([self._inboxes[peer][0]], peer, _TAG)
 
     def _finish(self, peer: int, posted: dist.Work) -> tuple[JobHeader, Tensor]:
         """Wait for a posted receive, and for the payload if that comes apart."""
         posted.wait()
-        inbox = self._inboxes[peer]
-        header = JobHeader.from_tensor(inbox[:HEADER_BYTES].view(torch.int64))
+        inbox, raw = self._inboxes[peer]
+        header = JobHeader.read(raw)
         num_bytes = header.payload_bytes
         if num_bytes == 0:
             return header, EMPTY
@@ -161,19 +165,30 @@ class Transport:
         return header, payload
 
     def _send(self, peer: int, header: JobHeader, payload: Tensor) -> None:
+        """Start the send of one message. The previous one to ``peer`` has arrived: see the top."""
         num_bytes = payload.numel()
-        message = [header.to_tensor(num_bytes).view(torch.uint8)]
-        if num_bytes and self._is_inline(num_bytes):
-            message.append(payload.cpu())
-        self._group.send([torch.cat(message)], peer, _TAG).wait()
-        if num_bytes and not self._is_inline(num_bytes):
-            self._group.send([self._outgoing(payload)], peer, _TAG).wait()
+        outbox, raw = self._outboxes[peer]
+        header.write(raw, num_bytes)
+        end = HEADER_BYTES
+        inline = self._is_inline(num_bytes)
+        if num_bytes and inline:
+            end += num_bytes
+            outbox[HEADER_BYTES:end].copy_(payload)
+        self._sent[peer] = [self._start_send(peer, outbox[:end])]
+        if not inline:
+            self._sent[peer].append(self._start_send(peer, self._outgoing(payload)))
+
+    def _start_send(self, peer: int, message: Tensor) -> tuple[dist.Work, Tensor]:
+        work = self._group.send([message], peer, _TAG)
+        if message.is_cuda:
+            work.wait()  # orders the stream; does not block the process
+        return work, message
 
     def _is_inline(self, num_bytes: int) -> bool:
-        return self.kind == "gloo" and num_bytes <= _INLINE_BYTES
+        return num_bytes == 0 or (self.kind == "gloo" and num_bytes <= _INLINE_BYTES)
 
     def _is_inbox(self, peer: int, payload: Tensor) -> bool:
-        inbox = self._inboxes[peer]
+        inbox, _ = self._inboxes[peer]
         return payload.numel() > 0 and (
             payload.untyped_storage().data_ptr() == inbox.untyped_storage().data_ptr()
         )
@@ -190,6 +205,10 @@ class Transport:
     def _host_buffer(self, num_bytes: int) -> Tensor:
         pinned = self.device.type == "cuda" and self.kind == "gloo"
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned)
+
+    def _message_buffer(self) -> tuple[Tensor, memoryview]:
+        buffer = self._host_buffer(HEADER_BYTES + _INLINE_BYTES)
+        return buffer, memoryview(buffer.numpy())  # type: ignore[arg-type]
 
     def close(self) -> None:
         """Leave the process group."""
