@@ -26,7 +26,7 @@ from shapes import SHAPES, qwen_config, write_checkpoint
 from transformers import AutoModelForCausalLM
 
 from otpipe import Client
-from otpipe.client.client import GenerationStats
+from otpipe.client.generation import GenerationStats
 from otpipe.model.program import forward
 from otpipe.model.reference import PlaintextExecutor
 
@@ -65,10 +65,6 @@ def baseline(
             n: harness.quartiles([generate(n, 1) for _ in range(repeats)]) for n in prefill
         },
     }
-    del model
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
     return result
 
 
@@ -203,6 +199,8 @@ def main(
 
         for dtype in filter(None, dtypes.split(",")):
             result["baseline"][dtype] = baseline(model_dir, device, dtype, lengths, tokens, repeats)
+            gc.collect()  # the model, before the next one or the server takes its place
+            torch.cuda.empty_cache()
             click.echo(f"baseline {dtype}: {json.dumps(result['baseline'][dtype])}", err=True)
         slots = len(wanted) * slots_needed(lengths, tokens, repeats, prefill_repeats)
         for ranks, transport in wanted:
@@ -281,8 +279,8 @@ Preparation: {preparation["slots"]} slots in {preparation["seconds"]:.1f} s, \
 {preparation["slots_per_s"]:.1f} slots/s, {preparation["bytes_up_a_slot"] / 1e6:.2f} MB up and \
 {preparation["bytes_down_a_slot"] / 1e6:.2f} MB down a slot.
 Limit of a decode step: {limit["weights_s"] * 1e3:.1f} ms to read \
-{limit["weight_bytes"] / 1e9:.2f} GB of weights at {limit["copy_bandwidth_bytes_per_s"] / 1e9:.0f} GB/s, \
-{limit["round_trips_s_at_40_us"] * 1e3:.1f} ms for the round trips at 40 us each."""
+{limit["weight_bytes"] / 1e9:.2f} GB of weights at \
+{limit["copy_bandwidth_bytes_per_s"] / 1e9:.0f} GB/s, {limit["round_trips_s_at_40_us"] * 1e3:.1f} ms for the round trips at 40 us each."""
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from otpipe.errors import ConnectionLost, OtpipeError, UsageError
 if TYPE_CHECKING:
     from rich.progress import Progress as ProgressBar
 
-    from otpipe.client.client import Client, Generation
+    from otpipe.client.client import Client
+    from otpipe.client.generation import Generation
 
 EXIT_USAGE = 2
 EXIT_FAILURE = 1

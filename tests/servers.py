@@ -20,6 +20,7 @@ from otpipe.model.bundle import ModelBundle, PublicMap, read_public_files
 from otpipe.model.checkpoint import Checkpoint
 from otpipe.pipeline.placement import Placement
 from otpipe.pipeline.stage import Stage
+from otpipe.protocol.messages import max_linear_rows
 from otpipe.server.gateway import Gateway, ListenOptions
 from otpipe.server.lanes import Lane
 from otpipe.server.service import Audit, Service
@@ -49,11 +50,14 @@ def local_server(
     placement = Placement.for_model(checkpoint.spec, world_size)
     device = torch.device("cpu")
     stages, lanes, public = [], [], {}
+    max_rows = [
+        max_linear_rows(m.in_features, m.out_features, m.ring_bytes) for m in checkpoint.spec.maps
+    ]
     for rank in range(world_size):
         maps = checkpoint.load_maps(placement.maps_of(rank), device)
         public.update({index: PublicMap.of(loaded) for index, loaded in maps.items()})
         stages.append(Stage(maps, checkpoint.spec.maps, device))
-        lanes.append(Lane(rank, stages[-1].handle))
+        lanes.append(Lane(rank, stages[-1].handle, max_rows))
     bundle = ModelBundle(
         checkpoint.spec,
         checkpoint.load_norms(),

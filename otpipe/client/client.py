@@ -5,17 +5,16 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import time
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from otpipe.client.generation import Generation, OnlineMeter
 from otpipe.client.link import LinkOptions, ServerAddress, ServerLink, default_store_root
 from otpipe.client.masked_executor import MaskedExecutor
 from otpipe.client.preparation import PreparationReport, Progress, prepare_slots
@@ -43,45 +42,6 @@ MIN_FINGERPRINT_DIGITS = 32
 MAX_DAMAGED_PASSES = 3
 """Passes that may fail on damaged slots before the client gives up."""
 
-FinishReason = Literal["stop", "length", "connection_lost"]
-
-
-@dataclass
-class GenerationStats:
-    """Figures of one generation, online phase only (``prepare_s`` apart).
-
-    Attributes:
-        tokens_per_s: generated tokens after the first, over the time they took.
-        bytes_sent, bytes_received: on the wire, from the first masked row to the last.
-        round_trips: requests answered.
-        slots_used: pads spent, one a token position.
-        prepare_s: time spent preparing slots inside this call.
-        prefill_s: time from the first masked row to the first token.
-    """
-
-    tokens_per_s: float = 0.0
-    bytes_sent: int = 0
-    bytes_received: int = 0
-    round_trips: int = 0
-    slots_used: int = 0
-    prepare_s: float = 0.0
-    prefill_s: float = 0.0
-
-
-@dataclass
-class Generation:
-    """Everything about one generation; grows while it runs."""
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    prompt_tokens: int = 0
-    finish_reason: FinishReason | None = None
-    stats: GenerationStats = field(default_factory=GenerationStats)
-
-    def to_dict(self) -> dict[str, object]:
-        """Plain values, as ``otpipe generate --json`` prints them."""
-        return asdict(self)
-
 
 class Client:
     """A private conversation with one model.
@@ -92,7 +52,7 @@ class Client:
             directory. It holds secrets; its files are readable by the owner alone.
         ca: PEM file of the authority behind the server's certificate; turns TLS on.
         fingerprint: accept a server only if it holds these weights, tokenizer and chat template
-            (SHA-256, hex, or its first 16 digits or more). Without it the server chooses them.
+            (SHA-256, hex, or its first 32 digits or more). Without it the server chooses them.
         retry_for_s: how long a lost server is sought.
         on_prepare: progress of preparation, (done, total) bytes on the wire.
 
@@ -325,7 +285,7 @@ class Client:
     ) -> Iterator[int]:
         generation = self.last = Generation(prompt_tokens=len(prompt_ids))
         generation.stats.prepare_s = self._ensure_slots(len(prompt_ids) + limit - 1)
-        meter = _OnlineMeter(self._link, self.executor, generation)
+        meter = OnlineMeter(self._link, self.executor, generation)
         cache = self.executor.new_cache()
         pending = prompt_ids
         try:
@@ -437,37 +397,6 @@ class Client:
                 "the model description does not have the hash that the server announced; try again"
             )
         return data
-
-
-class _OnlineMeter:
-    """Fills in the figures of a generation as it goes."""
-
-    def __init__(self, link: ServerLink, executor: MaskedExecutor, generation: Generation) -> None:
-        self._link = link
-        self._executor = executor
-        self._stats = generation.stats
-        self._traffic = link.current_traffic()
-        self._round_trips = link.round_trips
-        self._slots_used = executor.slots_used
-        self._started_s = time.monotonic()
-        self._first_token_s: float | None = None
-        self._tokens = 0
-
-    def token_done(self) -> None:
-        now_s = time.monotonic()
-        self._tokens += 1
-        if self._first_token_s is None:
-            self._first_token_s = now_s
-            self._stats.prefill_s = now_s - self._started_s
-        else:
-            self._stats.tokens_per_s = (self._tokens - 1) / (now_s - self._first_token_s)
-
-    def stop(self) -> None:
-        traffic = self._link.current_traffic()
-        self._stats.bytes_sent = traffic.bytes_sent - self._traffic.bytes_sent
-        self._stats.bytes_received = traffic.bytes_received - self._traffic.bytes_received
-        self._stats.round_trips = self._link.round_trips - self._round_trips
-        self._stats.slots_used = self._executor.slots_used - self._slots_used
 
 
 def _write_atomically(path: Path, data: bytes) -> None:

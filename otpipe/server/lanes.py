@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from otpipe.errors import ServerRefused
 from otpipe.pipeline.jobs import EMPTY, JobHeader, Op
-from otpipe.protocol.messages import MAX_LINEAR_BYTES, MAX_LINEAR_ROWS
 
 RankCall = Callable[[JobHeader, Tensor], tuple[JobHeader, Tensor]]
 """Do one job on the lane's rank: directly for the gateway's own, over the transport for others."""
@@ -43,8 +42,10 @@ class _LinearJob:
 class Lane:
     """All traffic with one rank."""
 
-    def __init__(self, rank: int, rank_call: RankCall) -> None:
+    def __init__(self, rank: int, rank_call: RankCall, max_rows: Sequence[int]) -> None:
+        """``max_rows``: most rows of one request, by map; grouped clients share that limit."""
         self.rank = rank
+        self._max_rows = max_rows
         self.ole_slots = threading.BoundedSemaphore(MAX_OLE_SESSIONS_PER_RANK)
         self._rank_call = rank_call
         self._busy = threading.Lock()
@@ -100,7 +101,7 @@ class Lane:
             groups.setdefault(job.map_index, []).append(job)
         for jobs in groups.values():
             while jobs:
-                group = _take_group(jobs)
+                group = _take_group(jobs, self._max_rows[jobs[0].map_index])
                 try:
                     self._run_group(group)
                 except BaseException as error:
@@ -120,13 +121,12 @@ class Lane:
             job.result = piece
 
 
-def _take_group(jobs: list[_LinearJob]) -> list[_LinearJob]:
+def _take_group(jobs: list[_LinearJob], max_rows: int) -> list[_LinearJob]:
     """Remove from ``jobs`` as many as fit one request of the allowed size."""
-    rows = size = 0
+    rows = 0
     for count, job in enumerate(jobs):
         rows += job.rows
-        size += job.payload.numel()
-        if count and (rows > MAX_LINEAR_ROWS or size > MAX_LINEAR_BYTES):
+        if count and rows > max_rows:
             group = jobs[:count]
             del jobs[:count]
             return group

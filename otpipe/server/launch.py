@@ -23,6 +23,7 @@ from otpipe.pipeline.liveness import LivenessMonitor
 from otpipe.pipeline.placement import GATEWAY_RANK, Placement
 from otpipe.pipeline.stage import Stage
 from otpipe.pipeline.transport import Transport, TransportKind, choose_transport
+from otpipe.protocol.messages import max_linear_rows
 from otpipe.server.gateway import Gateway, Listener, ListenOptions
 from otpipe.server.lanes import Lane, RankCall
 from otpipe.server.service import Audit, Service
@@ -153,8 +154,9 @@ def serve_rank(plan: RankPlan, shutdown: Shutdown) -> None:
         worker = partial(_work, transport, handle, shutdown)
         threading.Thread(target=worker, name="worker", daemon=True).start()
         return
+    max_rows = [max_linear_rows(m.in_features, m.out_features, m.ring_bytes) for m in spec.maps]
     lanes = [
-        Lane(peer, handle if peer == rank else _remote(transport, peer, device, shutdown))
+        Lane(peer, handle if peer == rank else _remote(transport, peer, device, shutdown), max_rows)
         for peer in range(options.world_size)
     ]
     _open_gateway(plan, plan.listener, lanes, shutdown)

@@ -1,0 +1,80 @@
+"""One generation: its tokens, why it ended, and what it cost."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+from otpipe.client.link import ServerLink
+from otpipe.client.masked_executor import MaskedExecutor
+
+FinishReason = Literal["stop", "length", "connection_lost"]
+
+
+@dataclass
+class GenerationStats:
+    """Figures of one generation, online phase only (``prepare_s`` apart).
+
+    Attributes:
+        tokens_per_s: generated tokens after the first, over the time they took.
+        bytes_sent, bytes_received: on the wire, from the first masked row to the last.
+        round_trips: requests answered.
+        slots_used: pads spent, one a token position.
+        prepare_s: time spent preparing slots inside this call.
+        prefill_s: time from the first masked row to the first token.
+    """
+
+    tokens_per_s: float = 0.0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    round_trips: int = 0
+    slots_used: int = 0
+    prepare_s: float = 0.0
+    prefill_s: float = 0.0
+
+
+@dataclass
+class Generation:
+    """Everything about one generation; grows while it runs."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    prompt_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    stats: GenerationStats = field(default_factory=GenerationStats)
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, as ``otpipe generate --json`` prints them."""
+        return asdict(self)
+
+
+class OnlineMeter:
+    """Fills in the figures of a generation as it goes."""
+
+    def __init__(self, link: ServerLink, executor: MaskedExecutor, generation: Generation) -> None:
+        self._link = link
+        self._executor = executor
+        self._stats = generation.stats
+        self._traffic = link.current_traffic()
+        self._round_trips = link.round_trips
+        self._slots_used = executor.slots_used
+        self._started_s = time.monotonic()
+        self._first_token_s: float | None = None
+        self._tokens = 0
+
+    def token_done(self) -> None:
+        now_s = time.monotonic()
+        self._tokens += 1
+        if self._first_token_s is None:
+            self._first_token_s = now_s
+            self._stats.prefill_s = now_s - self._started_s
+        else:
+            self._stats.tokens_per_s = (self._tokens - 1) / (now_s - self._first_token_s)
+
+    def stop(self) -> None:
+        traffic = self._link.current_traffic()
+        self._stats.bytes_sent = traffic.bytes_sent - self._traffic.bytes_sent
+        self._stats.bytes_received = traffic.bytes_received - self._traffic.bytes_received
+        self._stats.round_trips = self._link.round_trips - self._round_trips
+        self._stats.slots_used = self._executor.slots_used - self._slots_used
