@@ -59,13 +59,12 @@ def baseline(
     for _ in range(repeats):
         first = generate(DECODE_PROMPT_TOKENS, 1)
         rates.append((tokens - 1) / (generate(DECODE_PROMPT_TOKENS, tokens) - first))
-    result = {
+    return {
         "decode_tokens_per_s": harness.quartiles(rates),
         "prefill_s": {
             n: harness.quartiles([generate(n, 1) for _ in range(repeats)]) for n in prefill
         },
     }
-    return result
 
 
 def prepare(client: Client, slots: int) -> dict[str, float]:
@@ -280,7 +279,8 @@ Preparation: {preparation["slots"]} slots in {preparation["seconds"]:.1f} s, \
 {preparation["bytes_down_a_slot"] / 1e6:.2f} MB down a slot.
 Limit of a decode step: {limit["weights_s"] * 1e3:.1f} ms to read \
 {limit["weight_bytes"] / 1e9:.2f} GB of weights at \
-{limit["copy_bandwidth_bytes_per_s"] / 1e9:.0f} GB/s, {limit["round_trips_s_at_40_us"] * 1e3:.1f} ms for the round trips at 40 us each."""
+{limit["copy_bandwidth_bytes_per_s"] / 1e9:.0f} GB/s, \
+{limit["round_trips_s_at_40_us"] * 1e3:.1f} ms for the round trips at 40 us each."""
 
 
 if __name__ == "__main__":
