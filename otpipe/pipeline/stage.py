@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import msgpack
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,11 @@ from otpipe.model.quantize import QuantizedMap
 from otpipe.model.spec import LinearMap
 from otpipe.pipeline.jobs import EMPTY, JobHeader, Op
 from otpipe.protocol.messages import MAX_OLE_BLOCK_BYTES
+
+
+def _widened(x: Tensor) -> Tensor:
+    """int8 to int32; on the CPU without torch's thread pool, whose waking costs more."""
+    return x.to(torch.int32) if x.is_cuda else torch.from_numpy(x.numpy().astype(np.int32))
 
 
 class Stage:
@@ -95,7 +101,7 @@ class Stage:
         x_Tn = payload.to(self.device, non_blocking=True).view(storage)
         x_Tn = x_Tn.view(rows, linear_map.in_features)
         if storage is torch.int8:
-            x_Tn = x_Tn.to(torch.int32)
+            x_Tn = _widened(x_Tn)
         y_Tm = ring_gemm(x_Tn, self._maps[map_index].weight, linear_map.ring_bits)
         return y_Tm.to(storage).reshape(-1).view(torch.uint8)
 
