@@ -132,10 +132,12 @@ def parallel_for(body: Callable[[int, int], None], total: int, grain: int) -> No
     try:
         drain()
     finally:
-        # A body writes into the caller's buffers: never return while one still runs.
-        for helper in helpers:
+        # A body writes into the caller's buffers: never return while one still runs. A helper that
+        # has not woken up by now has nothing left to do.
+        late = [helper for helper in helpers if not helper.cancel()]
+        for helper in late:
             helper.exception()
-    for helper in helpers:
+    for helper in late:
         helper.result()
 
 

@@ -31,7 +31,7 @@ _CUDA_TILE_ELEMENTS = 1 << 26
 _CUDA_MIN_ROWS = 32  # torch._int_mm on CUDA refuses 16 rows or fewer
 _CUDA_ALIGN = 8
 _FLOAT_TILE_COLUMNS = 1024
-_GEMV_PART_BYTES = 1 << 20
+_GEMV_WAKE_BYTES = 1 << 20
 
 _scratch = threading.local()
 
@@ -192,10 +192,13 @@ def _gemv(x: Tensor, weight: Tensor, bits: int) -> Tensor:
     narrow = x.dtype == torch.int32
     if weight.is_contiguous() and narrow:
         matrix = weight.numpy()
-        # Waking a second thread costs about as much as reading a megabyte.
-        parts = max(1, min(torch.get_num_threads(), weight.numel() // _GEMV_PART_BYTES))
+        # Waking a second thread costs about as much as reading a megabyte; one that wakes up late
+        # takes fewer of the parts.
+        alone = weight.numel() < 2 * _GEMV_WAKE_BYTES
         cpu.parallel_for(
-            lambda lo, hi: cpu.gemv_rows_int32(matrix, source, target, lo, hi), m, -(-m // parts)
+            lambda lo, hi: cpu.gemv_rows_int32(matrix, source, target, lo, hi),
+            m,
+            m if alone else -(-m * _GEMV_WAKE_BYTES // (4 * weight.numel())),
         )
     elif weight.is_contiguous():
         cpu.on_team(cpu.gemv_rows_int64, weight.numpy(), source, target)
