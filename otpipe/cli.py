@@ -295,10 +295,10 @@ def info(connection: Connection, as_json: bool) -> None:
 @ends_cleanly
 def slots(store: Path | None, server: str | None, ca: str | None, as_json: bool) -> None:
     """List the prepared slots on this machine; works beside a client that is drawing."""
-    from otpipe.client.link import LinkOptions, ServerAddress, ServerLink, default_store_root
-    from otpipe.client.store import PadStore
+    from otpipe.client.link import LinkOptions, ServerAddress, ServerLink
+    from otpipe.client.store import PadStore, default_root
 
-    root = (store or default_store_root()) / "pads"
+    root = store / "pads" if store else default_root()
     batches = PadStore.inspect(root)
     if server is not None:
         link = ServerLink(LinkOptions(ServerAddress.parse_list(server), ca=ca, retry_for_s=0))

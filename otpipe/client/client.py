@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from otpipe.client.generation import Generation, OnlineMeter
-from otpipe.client.link import LinkOptions, ServerAddress, ServerLink, default_store_root
+from otpipe.client.link import LinkOptions, ServerAddress, ServerLink
 from otpipe.client.masked_executor import MaskedExecutor
 from otpipe.client.preparation import PreparationReport, Progress, prepare_slots
 from otpipe.client.prompt import PromptEncoder
 from otpipe.client.sampling import Sampler, SamplingParams
-from otpipe.client.store import MapShape, PadStore, SlotDamaged
+from otpipe.client.store import MapShape, PadStore, SlotDamaged, default_root
 from otpipe.client.text_stream import TextStream
 from otpipe.errors import ConnectionLost, FingerprintMismatch, ProtocolError, UsageError
 from otpipe.model.bundle import ModelBundle
@@ -74,7 +74,7 @@ class Client:
         self._options = link_options or LinkOptions(
             ServerAddress.parse_list(server), ca=ca, retry_for_s=retry_for_s
         )
-        self._root = Path(store) if store is not None else default_store_root()
+        self._root = Path(store) if store is not None else default_root().parent
         self._on_prepare = on_prepare
         self._link = ServerLink(self._options)
         try:

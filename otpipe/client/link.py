@@ -15,7 +15,6 @@ import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -30,7 +29,7 @@ from otpipe.errors import (
 )
 from otpipe.protocol.messages import Error, Hello, Message, MessageType, Welcome, send_message
 from otpipe.protocol.sockets import tune_socket
-from otpipe.protocol.wire import Buffer, FrameConnection, Header, StalledPeer, Traffic
+from otpipe.protocol.wire import Buffer, FrameConnection, Header, Traffic
 
 log = logging.getLogger("otpipe.client")
 
@@ -334,20 +333,3 @@ def _checked_welcome(header: Header, address: ServerAddress) -> Welcome:
             "version"
         )
     return replace(welcome, server=one_line(welcome.server), weights=one_line(welcome.weights))
-
-
-def default_store_root() -> Path:
-    """Where pads and bundles live unless the user names a directory."""
-    from platformdirs import user_data_path
-
-    return user_data_path("otpipe")
-
-
-__all__ = [
-    "ConnectionLost",
-    "LinkOptions",
-    "ServerAddress",
-    "ServerLink",
-    "StalledPeer",
-    "default_store_root",
-]

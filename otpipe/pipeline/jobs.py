@@ -21,7 +21,6 @@ class Op(IntEnum):
     OLE_NEXT = 4
     OLE_DROP = 5
     DESCRIBE = 6
-    STOP = 7
     DONE = 100
     FAILED = 101
 

@@ -18,14 +18,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from otpipe.errors import RankDied, UsageError
-from otpipe.pipeline.jobs import EMPTY, HEADER_BYTES, JobHeader, Op
+from otpipe.pipeline.jobs import EMPTY, HEADER_BYTES, JobHeader
 
 TransportKind = Literal["gloo", "nccl"]
 
@@ -129,8 +129,8 @@ class Transport:
         except RuntimeError as error:
             raise RankDied(f"rank {peer} gave no answer: {error}") from error
 
-    def serve(self, peer: int, handle: Callable[[JobHeader, Tensor], Answer]) -> None:
-        """Do the jobs of ``peer`` one after the other until it sends STOP.
+    def serve(self, peer: int, handle: Callable[[JobHeader, Tensor], Answer]) -> NoReturn:
+        """Do the jobs of ``peer`` one after the other, for as long as it lives.
 
         Raises:
             RankDied: the peer is gone.
@@ -139,8 +139,6 @@ class Transport:
             posted = self._post(peer)
             while True:
                 job, payload = self._finish(peer, posted)
-                if job.op == Op.STOP:
-                    return
                 answer, result = handle(job, payload)
                 posted = self._post(peer)
                 self._send(peer, answer, result)

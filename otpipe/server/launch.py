@@ -209,7 +209,6 @@ def _assemble_bundle(checkpoint: Checkpoint, lanes: list[Lane]) -> ModelBundle:
 def _work(transport: Transport, handle: RankCall, shutdown: Shutdown) -> None:
     try:
         transport.serve(GATEWAY_RANK, handle)
-        shutdown.ask(0, "")
     except RankDied as error:
         _ask_later(shutdown, error)
     except Exception as error:
