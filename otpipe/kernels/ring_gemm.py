@@ -20,7 +20,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from otpipe.kernels import cpu
+from otpipe.kernels import cpu, gemv_cpu
 
 #: longest inner dimension whose int32 sum cannot overflow: n * 128 * 128 < 2^31; a multiple of 64
 MAX_EXACT_INNER = (1 << 17) - 64
@@ -31,7 +31,6 @@ _CUDA_TILE_ELEMENTS = 1 << 26
 _CUDA_MIN_ROWS = 32  # torch._int_mm on CUDA refuses 16 rows or fewer
 _CUDA_ALIGN = 8
 _FLOAT_TILE_COLUMNS = 1024
-_GEMV_WAKE_BYTES = 1 << 20
 
 _scratch = threading.local()
 
@@ -81,6 +80,21 @@ def ring_gemm(x: Tensor, weight: Tensor, bits: int) -> Tensor:
                 bits,
                 out=out[row : row + rows, lo : lo + step],
             )
+    return out
+
+
+def ring_gemm_bytes(x: Tensor, weight: Tensor) -> Tensor:
+    """W x mod 2^8 for rows that are bytes already: :func:`ring_gemm` without widening them.
+
+    x: (T, n) int8. weight: (m, n) int8, any strides, same device. Returns (T, m) int8.
+    """
+    if x.is_cuda:
+        return ring_gemm(x.to(torch.int32), weight, 8).to(torch.int8)
+    if len(x) != 1 or 1 not in weight.stride():
+        # A byte is its own digit.
+        return int8_matmul(x, weight.t()).to(torch.int8)
+    out = torch.empty((1, weight.shape[0]), dtype=torch.int8)
+    gemv_cpu.gemv_bytes(weight.numpy(), x.contiguous().view(-1).numpy(), out.view(-1).numpy())
     return out
 
 
@@ -186,27 +200,9 @@ def _digit_bias(num_bytes: int) -> int:
 
 def _gemv(x: Tensor, weight: Tensor, bits: int) -> Tensor:
     """One row on the CPU: multiply directly, since the product is bound by reading the weight."""
-    m = weight.shape[0]
-    out = torch.empty(m, dtype=x.dtype)
-    source, target = x.contiguous().view(-1).numpy(), out.numpy()
-    narrow = x.dtype == torch.int32
-    if weight.is_contiguous() and narrow:
-        matrix = weight.numpy()
-        # Waking a second thread costs about as much as reading a megabyte; one that wakes up late
-        # takes fewer of the parts.
-        alone = weight.numel() < 2 * _GEMV_WAKE_BYTES
-        cpu.parallel_for(
-            lambda lo, hi: cpu.gemv_rows_int32(matrix, source, target, lo, hi),
-            m,
-            m if alone else -(-m * _GEMV_WAKE_BYTES // (4 * weight.numel())),
-        )
-    elif weight.is_contiguous():
-        cpu.on_team(cpu.gemv_rows_int64, weight.numpy(), source, target)
-    else:
-        kernel = cpu.gemv_columns_int32 if narrow else cpu.gemv_columns_int64
-        num_parts = max(1, min(torch.get_num_threads(), weight.shape[1] // 64))
-        cpu.on_team(kernel, weight.t().numpy(), source, target, num_parts)
-    return _sign_extended(out, bits).view(1, m)
+    out = torch.empty(weight.shape[0], dtype=x.dtype)
+    gemv_cpu.gemv(weight.numpy(), x.contiguous().view(-1).numpy(), out.numpy())
+    return _sign_extended(out, bits).view(1, -1)
 
 
 def _sign_extended(values: Tensor, bits: int) -> Tensor:

@@ -10,24 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import msgpack
-import numpy as np
 import torch
 from torch import Tensor
 
 from otpipe.crypto.evaluate import LinearEvaluator
 from otpipe.crypto.params import params_for_ring
 from otpipe.errors import OtpipeError, ProtocolError
-from otpipe.kernels.ring_gemm import ring_gemm
+from otpipe.kernels.ring_gemm import ring_gemm, ring_gemm_bytes
 from otpipe.model.bundle import PublicMap
 from otpipe.model.quantize import QuantizedMap
 from otpipe.model.spec import LinearMap
 from otpipe.pipeline.jobs import EMPTY, JobHeader, Op
 from otpipe.protocol.messages import MAX_OLE_BLOCK_BYTES
-
-
-def _widened(x: Tensor) -> Tensor:
-    """int8 to int32; on the CPU without torch's thread pool, whose waking costs more."""
-    return x.to(torch.int32) if x.is_cuda else torch.from_numpy(x.numpy().astype(np.int32))
 
 
 class Stage:
@@ -97,13 +91,14 @@ class Stage:
             uint8 (rows * m * ring_bytes,) on this rank's device.
         """
         linear_map = self._linear_maps[map_index]
-        storage = torch.int8 if linear_map.ring_bits == 8 else torch.int32
-        x_Tn = payload.to(self.device, non_blocking=True).view(storage)
-        x_Tn = x_Tn.view(rows, linear_map.in_features)
-        if storage is torch.int8:
-            x_Tn = _widened(x_Tn)
-        y_Tm = ring_gemm(x_Tn, self._maps[map_index].weight, linear_map.ring_bits)
-        return y_Tm.to(storage).reshape(-1).view(torch.uint8)
+        shape = (rows, linear_map.in_features)
+        x = payload.to(self.device, non_blocking=True)
+        weight = self._maps[map_index].weight
+        if linear_map.ring_bits == 8:
+            y_Tm = ring_gemm_bytes(x.view(torch.int8).view(shape), weight)
+        else:
+            y_Tm = ring_gemm(x.view(torch.int32).view(shape), weight, linear_map.ring_bits)
+        return y_Tm.reshape(-1).view(torch.uint8)
 
     def _ole_begin(self, job: JobHeader, a_key: Tensor) -> None:
         linear_map = self._linear_maps[job.map_index]
