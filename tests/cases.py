@@ -119,7 +119,7 @@ def expected_logits(case: Case, directory: Path, quantised: bool) -> Tensor:
 
 
 def case_logits(executor: Executor[Any, Any], case: Case) -> Tensor:
-    """Logits (rows, vocab) of an executor whose logits are tensors, pass by pass, one cache."""
+    """Logits (rows, vocab) of an executor whose logits are arrays, pass by pass, one cache."""
     kv_cache = executor.new_cache()
     ends = [0]
     for count in case.chunks:
@@ -130,7 +130,7 @@ def case_logits(executor: Executor[Any, Any], case: Case) -> Tensor:
         for first, last in pairwise(ends)
     ]
     assert kv_cache.length == len(case.token_ids)
-    return torch.cat(passes)
+    return torch.cat([torch.as_tensor(logits) for logits in passes])
 
 
 def run_case(

@@ -19,6 +19,7 @@ from otpipe.client.link import LinkOptions, ServerAddress, ServerLink
 from otpipe.client.masked_executor import MaskedExecutor
 from otpipe.client.preparation import PreparationReport, Progress, prepare_slots
 from otpipe.client.prompt import PromptEncoder
+from otpipe.client.row_executor import RowExecutor
 from otpipe.client.sampling import Sampler, SamplingParams
 from otpipe.client.store import MapShape, PadStore, SlotDamaged, default_root
 from otpipe.client.text_stream import TextStream
@@ -95,6 +96,7 @@ class Client:
             raise
         self._encoder: PromptEncoder | None = None
         self.executor = MaskedExecutor(self.bundle, self._store, self._link)
+        self.row_executor = RowExecutor(self.bundle, self._store, self._link)
         self.last: Generation | None = None
         """The latest generation, complete or not."""
 
@@ -285,7 +287,7 @@ class Client:
     ) -> Iterator[int]:
         generation = self.last = Generation(prompt_tokens=len(prompt_ids))
         generation.stats.prepare_s = self._ensure_slots(len(prompt_ids) + limit - 1)
-        meter = OnlineMeter(self._link, self.executor, generation)
+        meter = OnlineMeter(self._link, self._slots_used, generation)
         cache = self.executor.new_cache()
         pending = prompt_ids
         try:
@@ -314,10 +316,19 @@ class Client:
         """One pass of the program; repeated on fresh slots where the disk lost a correction."""
         for _ in range(MAX_DAMAGED_PASSES):
             try:
-                return forward(self.executor, token_ids, cache, wanted)
+                return self._forward(token_ids, cache, wanted)
             except SlotDamaged as error:
                 log.warning("%s; repeating the pass with other slots", error)
-        return forward(self.executor, token_ids, cache, wanted)
+        return self._forward(token_ids, cache, wanted)
+
+    def _forward(self, token_ids: list[int], cache: KVCache, wanted: LogitsFor) -> Tensor | None:
+        if len(token_ids) > 1:
+            return forward(self.executor, token_ids, cache, wanted)
+        logits = forward(self.row_executor, token_ids, cache, wanted)
+        return None if logits is None else torch.from_numpy(logits)
+
+    def _slots_used(self) -> int:
+        return self.executor.slots_used + self.row_executor.slots_used
 
     def _next_logits(self, token_ids: list[int], cache: KVCache) -> np.ndarray:
         """float32 (vocab,) after ``token_ids``; a long prompt goes in chunks."""

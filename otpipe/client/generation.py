@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from otpipe.client.link import ServerLink
-from otpipe.client.masked_executor import MaskedExecutor
 
 FinishReason = Literal["stop", "length", "connection_lost"]
 
@@ -52,13 +52,16 @@ class Generation:
 class OnlineMeter:
     """Fills in the figures of a generation as it goes."""
 
-    def __init__(self, link: ServerLink, executor: MaskedExecutor, generation: Generation) -> None:
+    def __init__(
+        self, link: ServerLink, slots_used: Callable[[], int], generation: Generation
+    ) -> None:
+        """``slots_used``: how many slots the client has drawn so far."""
         self._link = link
-        self._executor = executor
+        self._count_slots = slots_used
         self._stats = generation.stats
         self._traffic = link.current_traffic()
         self._round_trips = link.round_trips
-        self._slots_used = executor.slots_used
+        self._slots_used = slots_used()
         self._started_s = time.monotonic()
         self._first_token_s: float | None = None
         self._tokens = 0
@@ -77,4 +80,4 @@ class OnlineMeter:
         self._stats.bytes_sent = traffic.bytes_sent - self._traffic.bytes_sent
         self._stats.bytes_received = traffic.bytes_received - self._traffic.bytes_received
         self._stats.round_trips = self._link.round_trips - self._round_trips
-        self._stats.slots_used = self._executor.slots_used - self._slots_used
+        self._stats.slots_used = self._count_slots() - self._slots_used

@@ -15,6 +15,7 @@ import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -33,6 +34,8 @@ from otpipe.protocol.wire import Buffer, FrameConnection, Header, Traffic
 
 log = logging.getLogger("otpipe.client")
 
+T = TypeVar("T")
+
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 120.0
 """How long the server may compute on one request. A dead server shows within seconds all the same:
@@ -44,6 +47,7 @@ LAST_RETRY_S = 2.0
 MAX_SHOWN_CHARACTERS = 400
 """Of the text of an ERROR."""
 
+_CLOSED = "this client is closed; open a new one"
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
 
@@ -154,16 +158,59 @@ class ServerLink:
             ProtocolError: the server's answer is not what was asked for.
             ConnectionLost: no server with these weights came back within ``retry_for_s``.
         """
+        return self._until_answered(
+            lambda connection: send_message(connection, message, payload),
+            lambda: self.receive(answer_type, answer_bytes),
+            meanwhile,
+        )
+
+    def exchange(
+        self,
+        frame: memoryview,
+        answer_head: bytes,
+        answer: memoryview,
+        answer_type: MessageType,
+        answer_bytes: Callable[[Header], int],
+        meanwhile: Callable[[], None] | None = None,
+    ) -> None:
+        """As :meth:`request`, for frames that are laid out already, without copies.
+
+        Args:
+            frame: the request's head and payload. Not to be changed until this returns: the same
+                bytes are sent again where a connection breaks.
+            answer_head: the head that the answer will have.
+            answer: filled with head and payload of the answer.
+            answer_type, answer_bytes, meanwhile: as for :meth:`request`.
+        """
+
+        def receive() -> None:
+            connection = self._connection
+            if connection is None:
+                raise ConnectionLost(_CLOSED)
+            if not connection.receive_due(answer_head, answer, ANSWER_TIMEOUT_S):
+                # An error, or an answer to nothing that was asked: told apart where all are.
+                payload = self.receive(answer_type, answer_bytes)
+                answer[len(answer_head) :] = memoryview(payload)  # type: ignore[arg-type]
+
+        self._until_answered(lambda connection: connection.send_frame(frame), receive, meanwhile)
+
+    def _until_answered(
+        self,
+        send: Callable[[FrameConnection], None],
+        receive: Callable[[], T],
+        meanwhile: Callable[[], None] | None,
+    ) -> T:
+        """One request over as many connections as it takes; see :meth:`request`."""
         failing_since_s: float | None = None
         pause_s = FIRST_RETRY_S
         while True:
             connection = self._live()  # its search for a server is not to be repeated below
             try:
-                send_message(connection, message, payload)
+                send(connection)
                 if meanwhile is not None:
                     meanwhile()
                     meanwhile = None
-                answer = self.receive(answer_type, answer_bytes)
+                answer = receive()
             except ConnectionLost as error:
                 now_s = time.monotonic()
                 if failing_since_s is None:
@@ -197,7 +244,7 @@ class ServerLink:
         """Receive one answer of the given type; no second try."""
         connection = self._connection
         if connection is None:
-            raise ConnectionLost("this client is closed; open a new one")
+            raise ConnectionLost(_CLOSED)
         message_type, header, announced = connection.receive_head(timeout_s)
         if message_type == MessageType.ERROR:
             connection.receive_payload(announced, 0)
@@ -222,7 +269,7 @@ class ServerLink:
     def _live(self) -> FrameConnection:
         """The open connection; a new one if the server had stayed away and may be back."""
         if self._closed:
-            raise ConnectionLost("this client is closed; open a new one")
+            raise ConnectionLost(_CLOSED)
         if self._connection is None:
             self._restore(None)
         assert self._connection is not None

@@ -120,7 +120,12 @@ def rms_norm_rows(x_Tn: np.ndarray, gain_n: np.ndarray, epsilon: float) -> np.nd
 
 
 def mask_rows(
-    x_Tn: np.ndarray, mask_Tn: np.ndarray, max_row_l2: float, headroom: float, peak_limit: float
+    x_Tn: np.ndarray,
+    mask_Tn: np.ndarray,
+    max_row_l2: float,
+    headroom: float,
+    peak_limit: float,
+    out_Tn: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Round each row at the largest scale that keeps |W_i x| below ``headroom``, less its pad.
 
@@ -129,12 +134,14 @@ def mask_rows(
         mask_Tn: uint32 (T, n), the pads r.
         max_row_l2: largest Euclidean norm of a row of W, int8 units.
         headroom: what an output may reach. peak_limit: what a rounded input may reach.
+        out_Tn: uint32 (T, n) to fill; None for a new array.
 
     Returns:
-        uint32 (T, n) = round(scale x) - r mod 2^32; float64 (T,) 1 / scale, NaN for a row with a
-        NaN or an infinity, whose output is then meaningless.
+        ``out_Tn``, uint32 (T, n) = round(scale x) - r mod 2^32; float64 (T,) 1 / scale, NaN for a
+        row with a NaN or an infinity, whose output is then meaningless.
     """
-    out_Tn = np.empty_like(mask_Tn)
+    if out_Tn is None:
+        out_Tn = np.empty_like(mask_Tn)
     unit_T = np.empty(x_Tn.shape[0], np.float64)
     parallel_for(
         lambda lo, hi: _mask_rows(

@@ -60,9 +60,11 @@ def _compiler(**options: Any) -> Callable[[Any], Any]:
     return decorate
 
 
-#: decorators of every compiled kernel, here, in ``otpipe.crypto`` and ``otpipe.client``
+#: decorators of the compiled kernels, here and in the packages above
 kernel = _compiler()
 team_kernel = _compiler(parallel=True)
+#: sums of floats may be taken in any order, so that they fill vectors
+float_kernel = _compiler(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
 
 _team_lock = threading.Lock()
 _numba_config: Any = nb.config

@@ -170,7 +170,7 @@ def _byte_dots(num_rows: int) -> Any:
     sum of each row mod 2^32 to the int32 that is at its output.
     """
 
-    @intrinsic  # type: ignore[misc]
+    @intrinsic
     def dots(
         typingctx: Any,
         row: Any,
@@ -259,10 +259,10 @@ def rows_byte_products(
             total = np.int32(total + np.int32(np.int32(weight_mn[i, j]) * x_n[j]))
         out_m[i] = total
     weight, planes, out = weight_mn.ctypes.data, bytes_Bn.ctypes.data, out_m.ctypes.data
-    apart = (hi - lo) // _ROWS_AT_ONCE  # rows that are multiplied together lie this far from one another
+    apart = (
+        hi - lo
+    ) // _ROWS_AT_ONCE  # rows that are multiplied together lie this far from one another
     for i in range(lo, lo + apart):
         _dots_of_many(weight + i * n, apart * n, planes, n, vectors, out + 4 * i, 4 * apart)
     for i in range(lo + _ROWS_AT_ONCE * apart, hi):
         _dots_of_one(weight + i * n, n, planes, n, vectors, out + 4 * i, 4)
-
-

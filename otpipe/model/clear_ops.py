@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -52,13 +53,25 @@ class KVCache:
         Returns views of all keys and values so far, (K, P, D) each, the new ones included.
         """
         start, end = self._length, self._length + len(keys_TKD)
-        layer_2KPD = self._layers_2KPD[layer]
-        if end > layer_2KPD.shape[2]:
-            layer_2KPD = self._layers_2KPD[layer] = self._grown(layer_2KPD, end)
+        layer_2KPD = self._with_room(layer, end)
         keys_KPD, values_KPD = layer_2KPD[0, :, :end], layer_2KPD[1, :, :end]
         keys_KPD[:, start:].copy_(keys_TKD.transpose(0, 1))
         values_KPD[:, start:].copy_(values_TKD.transpose(0, 1))
         return keys_KPD, values_KPD
+
+    def storage(self, layer: int, num_positions: int) -> tuple[np.ndarray, np.ndarray]:
+        """All keys and values of one layer, (K, P, D) each, P at least ``num_positions``.
+
+        For a cache on the CPU. The arrays are the cache's own: row :attr:`length` may be written.
+        """
+        keys_KPD, values_KPD = self._with_room(layer, num_positions).numpy()
+        return keys_KPD, values_KPD
+
+    def _with_room(self, layer: int, num_positions: int) -> Tensor:
+        layer_2KPD = self._layers_2KPD[layer]
+        if num_positions > layer_2KPD.shape[2]:
+            layer_2KPD = self._layers_2KPD[layer] = self._grown(layer_2KPD, num_positions)
+        return layer_2KPD
 
     def _grown(self, old_2KPD: Tensor, needed: int) -> Tensor:
         two, heads, capacity, head_dim = old_2KPD.shape
@@ -80,6 +93,11 @@ class RopeTables:
         if end > len(self._cos_PD):
             self._extend(max(end, 2 * len(self._cos_PD), _FIRST_CAPACITY))
         return self._cos_PD[start:end, None], self._sin_PD[start:end, None]
+
+    def row(self, position: int) -> tuple[np.ndarray, np.ndarray]:
+        """(cos, signed sin), each (D,), of one position, for tables on the CPU."""
+        cos_TD, sin_TD = self.rows(position, position + 1)
+        return cos_TD.numpy()[0, 0], sin_TD.numpy()[0, 0]
 
     def _extend(self, num_positions: int) -> None:
         positions = torch.arange(

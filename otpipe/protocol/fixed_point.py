@@ -27,15 +27,19 @@ RING_LIMIT = 2.0**31
 ROUNDING_SLACK = 1.0 - 1e-6
 """Covers the rounding of the float64 sums and products below, which is far less."""
 
-_NO_BIAS = np.empty(0, np.float32)
-_NOT_FINITE = (
+NO_BIAS = np.empty(0, np.float32)
+NOT_FINITE = (
     "an activation is infinite or not a number: the checkpoint overflows float32 on this input, or "
     "the server answered wrongly; check the server's weights"
 )
 
 
-def _headroom(max_row_l1: float) -> float:
-    """What W·x may reach before rounding x, so that W·round(x) stays inside the ring."""
+def output_headroom(max_row_l1: float) -> float:
+    """What W·x may reach before rounding x, so that W·round(x) stays inside the ring.
+
+    Raises:
+        OtpipeError: no such limit, for weights that cannot be.
+    """
     headroom = (RING_LIMIT - 1.0 - 0.5 * max_row_l1) * ROUNDING_SLACK
     if headroom <= 0:
         raise OtpipeError(
@@ -67,10 +71,10 @@ def mask_activations(
         OtpipeError: an activation is not finite; nothing may be sent.
     """
     masked_Tn, unit_T = mask_rows(
-        x_Tn.contiguous().numpy(), mask_Tn, max_row_l2, _headroom(max_row_l1), PEAK_LIMIT
+        x_Tn.contiguous().numpy(), mask_Tn, max_row_l2, output_headroom(max_row_l1), PEAK_LIMIT
     )
     if not np.isfinite(unit_T).all():
-        raise OtpipeError(_NOT_FINITE)
+        raise OtpipeError(NOT_FINITE)
     return masked_Tn, unit_T
 
 
@@ -90,7 +94,7 @@ def open_outputs(
         scale_m: float32 (m,) scales of the int8 weight rows. bias_m: float32 (m,) or None.
         out_Tm: float32 (T, m), overwritten.
     """
-    bias = _NO_BIAS if bias_m is None else bias_m.numpy()
+    bias = NO_BIAS if bias_m is None else bias_m.numpy()
     open_rows(y_Tm, correction_Tm, unit_T, scale_m.numpy(), bias, out_Tm.numpy())
 
 
@@ -129,9 +133,9 @@ def quantize_activations(
     """:func:`mask_activations` without the pad: int32 (T, n) rounded rows, float64 (T,) units."""
     bound_T = output_bound(x_Tn, max_row_l2)
     if not bool(torch.isfinite(bound_T).all()):
-        raise OtpipeError(_NOT_FINITE)
+        raise OtpipeError(NOT_FINITE)
     # A zero row, or zero weights, may use any scale; 1 keeps it finite.
-    scale_T = torch.where(bound_T > 0, _headroom(max_row_l1) / bound_T.clamp_min(1e-300), 1.0)
+    scale_T = torch.where(bound_T > 0, output_headroom(max_row_l1) / bound_T.clamp_min(1e-300), 1.0)
     peak_T = x_Tn.abs().amax(dim=1).double()
     scale_T = torch.minimum(scale_T, PEAK_LIMIT / peak_T.clamp_min(1e-300))
     rounded_Tn = (x_Tn.double() * scale_T[:, None]).round_().to(torch.int32)

@@ -12,7 +12,7 @@ from functools import cache
 from typing import ClassVar, Self
 
 from otpipe.errors import ProtocolError
-from otpipe.protocol.wire import Buffer, FrameConnection, Header
+from otpipe.protocol.wire import Buffer, FrameConnection, Header, frame_head
 
 MAX_LINEAR_BYTES = 64 << 20
 """Largest payload of one masked linear request or result; clients split rows to stay below it."""
@@ -205,6 +205,11 @@ class Error(Message):
 
     TYPE = MessageType.ERROR
     text: str
+
+
+def message_head(message: Message, payload_bytes: int) -> bytes:
+    """The bytes of ``message``'s frame that come before its payload."""
+    return frame_head(message.TYPE, message.header(), payload_bytes)
 
 
 def send_message(connection: FrameConnection, message: Message, payload: Buffer = b"") -> None:

@@ -67,6 +67,12 @@ class Traffic:
     frames_received: int = 0
 
 
+def frame_head(message_type: int, header: Header, payload_bytes: int) -> bytes:
+    """Prefix and header of one frame."""
+    head = msgpack.packb(header)
+    return PREFIX.pack(MAGIC, WIRE_VERSION, message_type, len(head), payload_bytes) + head
+
+
 class FrameConnection:
     """Blocking frames over one TCP or TLS socket.
 
@@ -94,37 +100,44 @@ class FrameConnection:
         Raises:
             ConnectionLost: the peer is gone, or takes no bytes for ``stall_timeout_s``.
         """
-        head = msgpack.packb(header)
         body = payload if isinstance(payload, bytes) else memoryview(payload).cast("B")  # type: ignore[arg-type]
-        prefix = PREFIX.pack(MAGIC, WIRE_VERSION, message_type, len(head), len(body))
+        self.send_frame(frame_head(message_type, header, len(body)), body)
+
+    def send_frame(self, head: bytes | memoryview, body: bytes | memoryview = b"") -> None:
+        """Send one frame whose head is laid out already, as :func:`frame_head` does it.
+
+        ``head`` may carry the payload as well. Raises as :meth:`send` does.
+        """
         try:
-            self._send_all(prefix + head, body)
+            self._send_all(head, body)
         except TimeoutError as error:
             raise StalledPeer(
                 f"the peer took no bytes for {self._stall_timeout_s:.0f} s; connection given up"
             ) from error
         except OSError as error:
             raise ConnectionLost(f"the connection broke while sending: {error}") from error
-        self.traffic.bytes_sent += len(prefix) + len(head) + len(body)
+        self.traffic.bytes_sent += len(head) + len(body)
         self.traffic.frames_sent += 1
 
-    def _send_all(self, head: bytes, body: bytes | memoryview) -> None:
-        if len(body) <= READ_BUFFER_BYTES:
-            self._sock.sendall(b"".join((head, body)))  # a short copy is cheaper than two segments
-            return
+    def _send_all(self, head: bytes | memoryview, body: bytes | memoryview) -> None:
+        if body and isinstance(self._sock, ssl.SSLSocket) and len(body) <= READ_BUFFER_BYTES:
+            head, body = b"".join((head, body)), b""  # TLS sockets have no scatter-gather
         sent = self._send_some(head, body)
         if sent < len(head):
-            self._sock.sendall(head[sent:])
+            self._send_pieces(memoryview(head)[sent:])
             sent = len(head)
-        # The timeout of sendall covers the whole call, so it gets a bounded piece at a time.
-        for start in range(sent - len(head), len(body), SEND_PIECE_BYTES):
-            self._sock.sendall(memoryview(body)[start : start + SEND_PIECE_BYTES])
+        self._send_pieces(memoryview(body)[sent - len(head) :])
 
-    def _send_some(self, head: bytes, body: bytes | memoryview) -> int:
-        """Send what the kernel takes in one call; TLS sockets have no scatter-gather."""
+    def _send_pieces(self, data: memoryview) -> None:
+        # The timeout of sendall covers the whole call, so it gets a bounded piece at a time.
+        for start in range(0, len(data), SEND_PIECE_BYTES):
+            self._sock.sendall(data[start : start + SEND_PIECE_BYTES])
+
+    def _send_some(self, head: bytes | memoryview, body: bytes | memoryview) -> int:
+        """Send what the kernel takes in one call."""
         if isinstance(self._sock, ssl.SSLSocket):
             return 0
-        return self._sock.sendmsg((head, body))
+        return self._sock.sendmsg((head, body)) if body else self._sock.send(head)
 
     # -- receiving -------------------------------------------------------------------------------
 
@@ -141,7 +154,8 @@ class FrameConnection:
             VersionMismatch, ProtocolError: the bytes are no frame of this version.
         """
         if self._begin == self._end:
-            self._fill(idle_timeout_s if idle_timeout_s is not None else self._stall_timeout_s)
+            self._begin = self._end = 0
+            self._end = self._wait(self._view, idle_timeout_s)
         deadline = time.monotonic() + self._stall_timeout_s
         prefix = self._take(PREFIX.size, deadline)
         magic, version, message_type, header_bytes, payload_bytes = PREFIX.unpack(prefix)
@@ -180,6 +194,37 @@ class FrameConnection:
         self.traffic.bytes_received += PREFIX.size + header_bytes
         self.traffic.frames_received += 1
         return message_type, header, payload_bytes
+
+    def receive_due(
+        self, head: bytes, frame: memoryview, idle_timeout_s: float | None = None
+    ) -> bool:
+        """Receive the one frame that is due, whose head is known, into memory that is ready for it.
+
+        Args:
+            head: the head of the frame, as :func:`frame_head` makes it.
+            frame: filled with the head and the payload.
+
+        Returns:
+            False if the peer sent something else, which then waits for :meth:`receive_head`.
+
+        Raises:
+            IdlePeer, StalledPeer, ConnectionLost: as :meth:`receive_head`.
+        """
+        if self._begin != self._end:
+            return False
+        filled = self._wait(frame[:READ_BUFFER_BYTES], idle_timeout_s)
+        deadline = time.monotonic() + self._stall_timeout_s + len(frame) / MIN_BYTES_PER_S
+        while filled < len(head):
+            filled += self._recv_into(frame[filled:READ_BUFFER_BYTES], deadline)
+        if frame[: len(head)].tobytes() != head:
+            self._view[:filled] = frame[:filled]
+            self._begin, self._end = 0, filled
+            return False
+        while filled < len(frame):
+            filled += self._recv_into(frame[filled:], deadline)
+        self.traffic.bytes_received += len(frame)
+        self.traffic.frames_received += 1
+        return True
 
     def receive_payload(
         self, announced: int, expected: int, new_buffer: Callable[[int], np.ndarray] | None = None
@@ -221,13 +266,14 @@ class FrameConnection:
         self._begin += count
         return taken
 
-    def _fill(self, idle_timeout_s: float) -> None:
-        self._begin = self._end = 0
-        self._sock.settimeout(idle_timeout_s)
+    def _wait(self, view: memoryview, idle_timeout_s: float | None) -> int:
+        """Receive the first bytes of a frame; returns how many."""
+        wait_s = self._stall_timeout_s if idle_timeout_s is None else idle_timeout_s
+        self._sock.settimeout(wait_s)
         try:
-            self._end = self._recv_into(self._view, None)
+            return self._recv_into(view, None)
         except StalledPeer as error:
-            raise IdlePeer(f"the peer sent nothing for {idle_timeout_s:.0f} s") from error
+            raise IdlePeer(f"the peer sent nothing for {wait_s:.0f} s") from error
         finally:
             with contextlib.suppress(OSError):
                 self._sock.settimeout(self._stall_timeout_s)
