@@ -55,10 +55,9 @@ def ring_gemm(x: Tensor, weight: Tensor, bits: int) -> Tensor:
     num_rows, m = x.shape[0], weight.shape[0]
     if num_rows == 1 and not x.is_cuda and (weight.is_contiguous() or weight.t().is_contiguous()):
         return _gemv(x, weight, bits)
-    if x.is_cuda and storage is torch.int32 and 1 in weight.stride():
-        fused = _triton_gemv()
-        if fused is not None and 1 <= num_rows <= fused.MAX_ROWS:
-            return _sign_extended(fused.gemv(x, weight), bits)
+    fused = _triton_gemv() if x.is_cuda else None
+    if fused is not None and fused.fits(x, weight):
+        return _sign_extended(fused.gemv(x, weight), bits)
     out = torch.empty((num_rows, m), dtype=storage, device=x.device)
     num_planes = num_digits(bits)
     tile = _CUDA_TILE_ELEMENTS if x.is_cuda else _CPU_TILE_ELEMENTS

@@ -20,6 +20,8 @@ from otpipe.kernels.ring_gemm import ring_gemm, ring_gemm_bytes
 from otpipe.model.bundle import PublicMap
 from otpipe.model.quantize import QuantizedMap
 from otpipe.model.spec import LinearMap
+from otpipe.pipeline.graphs import MAX_ROWS as MAX_GRAPH_ROWS
+from otpipe.pipeline.graphs import GraphedMaps
 from otpipe.pipeline.jobs import EMPTY, JobHeader, Op
 from otpipe.protocol.messages import MAX_OLE_BLOCK_BYTES
 
@@ -42,6 +44,9 @@ class Stage:
         self._maps = maps
         self._linear_maps = linear_maps
         self.device = device
+        self._graphs: GraphedMaps | None = None
+        if device.type == "cuda":
+            self._graphs = GraphedMaps(self._product, linear_maps, tuple(maps), device)
         self._evaluators: dict[int, LinearEvaluator] = {}
         self._answers: dict[int, Iterator[tuple[int, Tensor]]] = {}
 
@@ -81,6 +86,11 @@ class Stage:
             return JobHeader(Op.FAILED), text
         return JobHeader(Op.DONE), EMPTY
 
+    def warm_up(self) -> None:
+        """Do what a first request would otherwise wait for."""
+        if self._graphs is not None:
+            self._graphs.record()
+
     def linear(self, map_index: int, rows: int, payload: Tensor) -> Tensor:
         """W (x - r) for ``rows`` masked rows.
 
@@ -88,16 +98,21 @@ class Stage:
             payload: uint8 (rows * n * ring_bytes,): little-endian ring elements.
 
         Returns:
-            uint8 (rows * m * ring_bytes,) on this rank's device.
+            uint8 (rows * m * ring_bytes,), on the CPU or on this rank's device.
         """
+        if self._graphs is not None and rows <= MAX_GRAPH_ROWS and not payload.is_cuda:
+            return torch.from_numpy(self._graphs.linear(map_index, rows, payload.numpy()))
+        return self._product(map_index, rows, payload.to(self.device, non_blocking=True))
+
+    def _product(self, map_index: int, rows: int, payload: Tensor) -> Tensor:
+        """:meth:`linear` on this rank's device."""
         linear_map = self._linear_maps[map_index]
         shape = (rows, linear_map.in_features)
-        x = payload.to(self.device, non_blocking=True)
         weight = self._maps[map_index].weight
         if linear_map.ring_bits == 8:
-            y_Tm = ring_gemm_bytes(x.view(torch.int8).view(shape), weight)
+            y_Tm = ring_gemm_bytes(payload.view(torch.int8).view(shape), weight)
         else:
-            y_Tm = ring_gemm(x.view(torch.int32).view(shape), weight, linear_map.ring_bits)
+            y_Tm = ring_gemm(payload.view(torch.int32).view(shape), weight, linear_map.ring_bits)
         return y_Tm.reshape(-1).view(torch.uint8)
 
     def _ole_begin(self, job: JobHeader, a_key: Tensor) -> None:

@@ -275,7 +275,7 @@ class TestParallelFor:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", [8, 20, 32])
-@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize("rows", [1, 2, 7, 64])
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (7, 33), (129, 1025), (300, 4100), (5, 70_001)])
 def test_fused_cuda_gemv_equals_digits(bits: int, rows: int, m: int, n: int) -> None:
     """The Triton kernel against its plain-torch twin, for both weight layouts."""
@@ -288,7 +288,11 @@ def test_fused_cuda_gemv_equals_digits(bits: int, rows: int, m: int, n: int) -> 
     products = int8_matmul(planes.view(-1, n), weight.t().contiguous())
     want = combine_planes(products.view(4, rows, m).to(torch.int32), 32)
     for layout in (weight, weight.t().contiguous().t()):
-        assert torch.equal(fused.gemv(x.cuda(), layout.cuda()).cpu(), want)
+        if fused.fits(x.cuda(), layout.cuda()):
+            assert torch.equal(fused.gemv(x.cuda(), layout.cuda()).cpu(), want)
+        else:
+            assert rows > 1
+            assert layout.stride(1) == 1
         assert torch.equal(
             ring_gemm(x.cuda(), layout.cuda(), bits).cpu(), ring_gemm(x, layout, bits)
         )
