@@ -11,54 +11,92 @@ from __future__ import annotations
 
 import numpy as np
 
-from otpipe.kernels.cpu import Array, kernel, parallel_for
+from otpipe.kernels.cpu import Array, float_kernel, kernel, parallel_for
 
 INT8_LIMIT = 127.0
 MAX_OUTLIERS = 64
 """Largest set of coordinates bounded by their absolute sum."""
 
-_CANDIDATE_SHARE = 0.25
+_SLACK = 0.8
+_BLOCK = 64
+"""Coordinates looked through at once for one above the threshold."""
+
+_TO_INTEGER = 1.5 * 2.0**52
+"""Adding and subtracting it rounds a float64 below 2^51 to the nearest integer, ties to even."""
+
 _PARALLEL_ELEMENTS = 1 << 17
+
+
+@float_kernel
+def _energy(x: Array) -> float:
+    """Sum of squares in float64; NaN or infinity if x has one."""
+    energy = 0.0
+    for j in range(x.shape[0]):
+        energy += np.float64(x[j]) * np.float64(x[j])
+    return energy
+
+
+@float_kernel
+def _peak(x: Array) -> np.float32:
+    """Largest |x_j|, of finite numbers."""
+    peak = np.float32(0.0)
+    for j in range(x.shape[0]):
+        peak = max(peak, abs(x[j]))
+    return peak
+
+
+@kernel
+def _largest_above(x: Array, threshold: np.float32, largest: Array) -> int:
+    """The largest |x_j| above a threshold, as many as ``largest`` holds, in falling order."""
+    room, count = largest.shape[0], 0
+    for start in range(0, x.shape[0], _BLOCK):
+        block = x[start : start + _BLOCK]
+        if not _peak(block) > threshold:
+            continue
+        for j in range(block.shape[0]):
+            value = np.float64(abs(block[j]))
+            if not value > threshold or (count == room and value <= largest[room - 1]):
+                continue
+            at = min(count, room - 1)
+            count = min(count + 1, room)
+            while at > 0 and largest[at - 1] < value:
+                largest[at] = largest[at - 1]
+                at -= 1
+            largest[at] = value
+    return count
 
 
 @kernel
 def _row_bound(x: Array, max_row_l2: float) -> tuple[float, float]:
     """Bound on |W_i x| over all rows i, and the largest |x_j|; NaN or infinity if x has one."""
-    energy, peak = 0.0, np.float32(0.0)
-    for j in range(x.shape[0]):
-        value = np.float64(x[j])
-        energy += value * value
-        peak = max(peak, abs(x[j]))
+    energy, peak = _energy(x), _peak(x)
     norm = np.sqrt(energy)
     bound = max_row_l2 * norm
     if not peak * max_row_l2 > INT8_LIMIT * norm or not np.isfinite(energy):
         return bound, np.float64(peak)
-    # Any set of coordinates gives a valid bound; those far below the threshold cannot improve it.
-    threshold = np.float32(_CANDIDATE_SHARE * INT8_LIMIT * norm / max_row_l2)
+    # A coordinate a helps only if 127 a < L2 (R - sqrt(R^2 - a^2)) <= L2 a^2 / R, where R is the
+    # norm of what has not been taken out yet. So those above 127 norm / L2 are collected, and again
+    # with what they leave of the norm, until that hardly changes.
     largest = np.empty(MAX_OUTLIERS, np.float64)
-    count = 0
-    for j in range(x.shape[0]):
-        value = np.float64(abs(x[j]))
-        if value > threshold:
-            at = count
-            if count == MAX_OUTLIERS:
-                if value <= largest[count - 1]:
-                    continue
-                at = count - 1
-            else:
-                count += 1
-            while at > 0 and largest[at - 1] < value:
-                largest[at] = largest[at - 1]
-                at -= 1
-            largest[at] = value
+    remaining = norm
+    while True:
+        threshold = np.float32(_SLACK * INT8_LIMIT * remaining / max_row_l2)
+        count = _largest_above(x, threshold, largest)
+        taken = 0.0
+        for i in range(count):
+            taken += largest[i] * largest[i]
+        left = np.sqrt(max(energy - taken, 0.0))
+        if count == MAX_OUTLIERS or left >= _SLACK * remaining or left == 0.0:
+            break
+        remaining = left
     outliers, rest = 0.0, energy
     lost = (x.shape[0] + 2 * MAX_OUTLIERS) * 2.3e-16 * energy
     for i in range(count):
         outliers += largest[i]
         rest -= largest[i] * largest[i]
-        # The subtraction cancels, and summing n squares one after the other loses at most
-        # (n - 1) 2^-53 of their sum (Higham, Accuracy and Stability, section 4.2): what may have
-        # been lost is put back, so that this stays a bound.
+        # The subtraction cancels, and summing n squares in any order loses at most (n - 1) 2^-53 of
+        # their sum (Higham, Accuracy and Stability, section 4.2): what may have been lost is put
+        # back, so that this stays a bound.
         kept = max(rest, 0.0) + lost
         bound = min(bound, INT8_LIMIT * outliers + max_row_l2 * np.sqrt(kept))
     return bound, np.float64(peak)
@@ -87,8 +125,8 @@ def _mask_rows(
             scale = min(scale, peak_limit / peak)
         unit_T[t] = 1.0 / scale
         for j in range(x.shape[0]):
-            rounded = np.int32(np.rint(np.float64(x[j]) * scale))
-            out[j] = np.uint32(rounded) - mask[j]
+            rounded = (np.float64(x[j]) * scale + _TO_INTEGER) - _TO_INTEGER
+            out[j] = np.uint32(np.int32(rounded)) - mask[j]
 
 
 @kernel
@@ -97,10 +135,7 @@ def _rms_norm_rows(
 ) -> None:
     for t in range(lo, hi):
         x, out = x_Tn[t], out_Tn[t]
-        energy = 0.0
-        for j in range(x.shape[0]):
-            energy += np.float64(x[j]) * np.float64(x[j])
-        factor = np.float32(1.0 / np.sqrt(energy / x.shape[0] + epsilon))
+        factor = np.float32(1.0 / np.sqrt(_energy(x) / x.shape[0] + epsilon))
         for j in range(x.shape[0]):
             out[j] = x[j] * factor * gain_n[j]
 

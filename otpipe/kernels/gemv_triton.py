@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 _ROW_BLOCK_M = 4
-_ROW_BLOCK_N = 1024
-_ROW_WARPS = 4
+_ROW_BLOCK_N = 512
+_ROW_WARPS = 2
 _COLUMN_BLOCK_M = 256
 _COLUMN_BLOCK_N = 16
 _COLUMN_SPLIT = 512  # inputs summed by one program before it adds to the output

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from enum import IntEnum
-from functools import cache
+from functools import cache, lru_cache
 from typing import ClassVar, Self
 
 from otpipe.errors import ProtocolError
@@ -207,8 +207,9 @@ class Error(Message):
     text: str
 
 
+@lru_cache(maxsize=4096)
 def message_head(message: Message, payload_bytes: int) -> bytes:
-    """The bytes of ``message``'s frame that come before its payload."""
+    """The bytes of ``message``'s frame that come before its payload; kept for the next time."""
     return frame_head(message.TYPE, message.header(), payload_bytes)
 
 

@@ -18,6 +18,7 @@ memory for the payload.
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import ssl
 import struct
@@ -44,6 +45,10 @@ READ_BUFFER_BYTES = 1 << 16
 SEND_PIECE_BYTES = 1 << 20
 MIN_BYTES_PER_S = 100_000
 """A peer that sends the rest of a begun frame more slowly than this is treated as stalled."""
+
+# The end of a connection also shows behind bytes that nobody has read, where the system tells;
+# POLLERR and POLLHUP are always told.
+_LEFT = getattr(select, "POLLRDHUP", 0)
 
 Header = dict[str, object]
 Buffer = bytes | bytearray | memoryview | np.ndarray
@@ -290,6 +295,14 @@ class FrameConnection:
         if count == 0:
             raise ConnectionLost("the peer closed the connection")
         return count
+
+    def peer_has_left(self) -> bool:
+        """Whether the peer has closed or lost the connection; reads nothing, does not wait."""
+        if self._sock.fileno() < 0:
+            return True
+        poll = select.poll()
+        poll.register(self._sock, _LEFT)
+        return bool(poll.poll(0))
 
     def close(self) -> None:
         """Close the socket; wakes a thread that is blocked in it. Safe to call twice."""

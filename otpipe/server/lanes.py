@@ -18,11 +18,12 @@ from torch import Tensor
 
 from otpipe.errors import ServerRefused
 from otpipe.pipeline.jobs import EMPTY, JobHeader, Op
+from otpipe.server.turns import Turns
 
 RankCall = Callable[[JobHeader, Tensor], tuple[JobHeader, Tensor]]
 """Do one job on the lane's rank: directly for the gateway's own, over the transport for others."""
 
-MAX_OLE_SESSIONS_PER_RANK = 4
+MAX_OLE_SESSIONS_PER_RANK = 8
 """Preprocessing sessions that may hold memory on one rank at a time; further ones wait."""
 
 
@@ -46,7 +47,7 @@ class Lane:
         """``max_rows``: most rows of one request, by map; grouped clients share that limit."""
         self.rank = rank
         self._max_rows = max_rows
-        self.ole_slots = threading.BoundedSemaphore(MAX_OLE_SESSIONS_PER_RANK)
+        self.ole_turns = Turns(MAX_OLE_SESSIONS_PER_RANK)
         self._rank_call = rank_call
         self._busy = threading.Lock()
         self._pending: deque[_LinearJob] = deque()
@@ -61,6 +62,11 @@ class Lane:
         Returns:
             uint8 (rows * m * ring_bytes,) CPU.
         """
+        if self._busy.acquire(blocking=False):  # nobody waits: no queue
+            try:
+                return self._run_rows(map_index, rows, payload)
+            finally:
+                self._busy.release()
         job = _LinearJob(map_index, rows, payload)
         self._pending.append(job)
         with self._busy:
@@ -111,14 +117,17 @@ class Lane:
     def _run_group(self, group: list[_LinearJob]) -> None:
         payload = group[0].payload if len(group) == 1 else torch.cat([j.payload for j in group])
         rows = sum(job.rows for job in group)
-        header = JobHeader(Op.LINEAR, group[0].map_index, rows)
-        _, result = self._checked_call(header, payload)
-        result = result.cpu()
+        result = self._run_rows(group[0].map_index, rows, payload)
         bytes_per_row = result.numel() // rows
         for job, piece in zip(
             group, result.split([job.rows * bytes_per_row for job in group]), strict=True
         ):
             job.result = piece
+
+    def _run_rows(self, map_index: int, rows: int, payload: Tensor) -> Tensor:
+        """One job; runs under the lock."""
+        _, result = self._checked_call(JobHeader(Op.LINEAR, map_index, rows), payload)
+        return result.cpu() if result.is_cuda else result
 
 
 def _take_group(jobs: list[_LinearJob], max_rows: int) -> list[_LinearJob]:

@@ -221,8 +221,7 @@ def _survivable(handle: RankCall, rank: int, device: torch.device, shutdown: Shu
     """``handle`` for any thread: a failed job costs its client, a failed device the whole rank."""
 
     def run(job: JobHeader, payload: Tensor) -> tuple[JobHeader, Tensor]:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # what is current belongs to a thread, not a process
+        _make_current(device)
         try:
             return handle(job, payload)
         except torch.AcceleratorError as error:
@@ -240,12 +239,21 @@ def _survivable(handle: RankCall, rank: int, device: torch.device, shutdown: Shu
     return run
 
 
+_current = threading.local()
+
+
+def _make_current(device: torch.device) -> None:
+    """Name the process's one device to CUDA, once a thread: what is current belongs to threads."""
+    if device.type == "cuda" and not hasattr(_current, "device"):
+        torch.cuda.set_device(device)
+        _current.device = device
+
+
 def _remote(transport: Transport, peer: int, device: torch.device, shutdown: Shutdown) -> RankCall:
     """Jobs for another rank; if it is gone, so is the server."""
 
     def run(job: JobHeader, payload: Tensor) -> tuple[JobHeader, Tensor]:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+        _make_current(device)
         try:
             return transport.call(peer, job, payload)
         except RankDied as error:

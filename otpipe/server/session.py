@@ -14,7 +14,7 @@ from otpipe.crypto.noise import choose_upload_bytes
 from otpipe.crypto.params import RlweParams, params_for_ring
 from otpipe.errors import ConnectionLost, OtpipeError, ProtocolError, RankDied
 from otpipe.model.spec import LinearMap
-from otpipe.pipeline.jobs import JobHeader, Op
+from otpipe.pipeline.jobs import EMPTY, JobHeader, Op
 from otpipe.protocol.messages import (
     A_KEY_BYTES,
     MAX_OLE_BLOCK_BYTES,
@@ -32,6 +32,7 @@ from otpipe.protocol.messages import (
     Pong,
     Result,
     max_linear_rows,
+    message_head,
     send_message,
 )
 from otpipe.protocol.wire import MIN_BYTES_PER_S, FrameConnection, Header, IdlePeer
@@ -39,6 +40,9 @@ from otpipe.server.lanes import Lane
 from otpipe.server.service import Service
 
 log = logging.getLogger("otpipe.server")
+
+ANSWER_FRAME_BYTES = 2 << 20
+"""Of answers of the preparation; a client decrypts one frame while the next arrives."""
 
 SLACK_S = 30.0
 """Waiting that an exchange of any size may cost the server, beyond what its bytes take."""
@@ -55,6 +59,15 @@ class _OleState:
     upload_bytes: int
     patience_s: float  # how much longer the server will wait for blocks, all of them together
     next_coordinate: int = 0
+    block: Tensor = EMPTY  # memory for one block after another
+
+    def buffer(self, num_bytes: int) -> np.ndarray:
+        """uint8 (num_bytes,) that the next block may overwrite."""
+        if self.block.numel() < num_bytes:
+            # From pinned memory a copy to the GPU takes a third of the time.
+            pinned = torch.cuda.is_initialized()
+            self.block = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned)
+        return self.block[:num_bytes].numpy()
 
 
 class ClientSession:
@@ -178,7 +191,9 @@ class ClientSession:
         self._service.audit(payload)
         lane = self._service.lane_of(linear_map.index)
         result = lane.linear(linear_map.index, request.rows, torch.from_numpy(payload))
-        send_message(self._connection, Result(linear_map.index, request.rows), _as_bytes(result))
+        answer = memoryview(result.numpy())  # type: ignore[arg-type]
+        head = message_head(Result(linear_map.index, request.rows), len(answer))
+        self._connection.send_frame(head, answer)
 
     def _ole_begin(self, request: OleBegin, announced: int) -> None:
         self._no_payload(announced)
@@ -204,7 +219,9 @@ class ClientSession:
                 f"{linear_map.name}; its noise budget calls for {due}"
             )
         lane = self._service.lane_of(linear_map.index)
-        lane.ole_slots.acquire()  # the client waits for OLE_READY, so it may take its time
+        # The client waits for OLE_READY, so this may take its time.
+        if not lane.ole_turns.take(self._connection.peer_has_left):
+            raise ConnectionLost("it did not wait for its turn to prepare")
         upload_s = linear_map.in_features * params.ring_degree * due / MIN_BYTES_PER_S
         self._ole = _OleState(lane, lane.new_session(), linear_map, params, due, SLACK_S + upload_s)
         a_key = torch.frombuffer(bytearray(request.a_key), dtype=torch.uint8)
@@ -228,7 +245,9 @@ class ClientSession:
                 f"coordinates {block.first} to {block.first + block.count} arrived; due are "
                 f"{state.next_coordinate} to at most {state.next_coordinate + most}"
             )
-        payload = self._connection.receive_payload(announced, block.count * coordinate_bytes)
+        payload = self._connection.receive_payload(
+            announced, block.count * coordinate_bytes, state.buffer
+        )
         state.patience_s -= time.monotonic() - self._waiting_since_s
         self._service.audit(payload)
         state.lane.call(
@@ -253,13 +272,20 @@ class ClientSession:
             )
             if header.first < 0:
                 break
+            self._send_groups(state, header.first, _as_bytes(answer).reshape(header.rows, -1))
+        self._ole = None
+        state.lane.ole_turns.give_back()
+
+    def _send_groups(self, state: _OleState, first_group: int, groups: np.ndarray) -> None:
+        """Send answer ciphertexts, uint8 (G, bytes), in frames that suit the client's caches."""
+        step = max(1, ANSWER_FRAME_BYTES // groups.shape[1])
+        for lo in range(0, len(groups), step):
+            piece = groups[lo : lo + step]
             send_message(
                 self._connection,
-                OleAnswer(state.linear_map.index, header.first, header.rows),
-                _as_bytes(answer),
+                OleAnswer(state.linear_map.index, first_group + lo, len(piece)),
+                piece.reshape(-1),
             )
-        self._ole = None
-        state.lane.ole_slots.release()
 
     def _drop_ole(self) -> None:
         """Free what a vanished client left on a rank."""
@@ -271,7 +297,7 @@ class ClientSession:
         except OtpipeError as error:
             log.warning("preprocessing session could not be dropped: %s", error)
         finally:
-            state.lane.ole_slots.release()
+            state.lane.ole_turns.give_back()
 
 
 def _as_bytes(tensor: Tensor) -> np.ndarray:

@@ -108,8 +108,9 @@ def test_fused_kernels_agree_with_plain_torch(
     masked, unit = mask_activations(x, mask, l2, l1)
     opened_x = (masked + mask).view(np.int32)
     twin, twin_unit = quantize_activations(x, l2, l1)
-    # The kernel tries fewer outlier sets, so that its scale may be a little smaller.
-    assert ((unit >= twin_unit * (1 - 1e-9)) & (unit <= twin_unit * 1.25)).all()
+    # The kernel tries fewer outlier sets, so that its scale may be a little smaller. Where the
+    # outliers are all there is, the root of a rest that cancels is sure to 1e-7 only.
+    assert ((unit >= twin_unit * (1 - 1e-6)) & (unit <= twin_unit * (1 + 1e-6))).all()
     same = unit <= twin_unit * (1 + 1e-12)
     # Sums in another order may move a value across a rounding boundary, never further.
     assert not same.any() or np.abs(opened_x.astype(np.int64) - twin)[same].max() <= 1

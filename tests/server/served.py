@@ -38,7 +38,8 @@ def assert_nothing_is_left(server: LocalServer) -> None:
         assert not stage._evaluators
         assert not stage._answers
     for lane in server.gateway._service._lanes:
-        assert lane.ole_slots._value == MAX_OLE_SESSIONS_PER_RANK  # type: ignore[attr-defined]
+        assert lane.ole_turns.free == MAX_OLE_SESSIONS_PER_RANK
+        assert not lane.ole_turns.waiting
         assert not lane._pending
 
 

@@ -13,6 +13,7 @@ from raw_client import (
     RawClient,
     drip,
     eventually,
+    garbage,
     honest_ole,
     message_frame,
     raw_client,
@@ -124,15 +125,19 @@ def test_vanished_exchanges_do_not_use_up_the_slots(server: LocalServer) -> None
         assert client.answer()[0] == MessageType.OLE_ANSWER
 
 
-def test_vanish_while_waiting_for_a_slot(server: LocalServer) -> None:
-    """Who is gone when its turn comes gives the turn on."""
+@pytest.mark.parametrize("pending", [b"", garbage(5000)])
+def test_vanish_while_waiting_for_a_slot(server: LocalServer, pending: bytes) -> None:
+    """Who is gone leaves the line at once, whether or not bytes of it are still unread."""
     offer = honest_ole(server.bundle, QKV)
+    turns = server.gateway._service._lanes[0].ole_turns
     holders = [RawClient(server.gateway.port) for _ in range(MAX_OLE_SESSIONS_PER_RANK)]
     for holder in holders:
         holder.send(HELLO, *upload(offer, 10))
     assert eventually(lambda: len(server.stages[0]._evaluators) == len(holders))
-    with raw_client(server.gateway.port, message_frame(offer.begin)):
-        pass
+    with raw_client(server.gateway.port, message_frame(offer.begin), pending):
+        assert eventually(lambda: turns.waiting == 1)
+    assert eventually(lambda: turns.waiting == 0)
+    assert len(server.stages[0]._evaluators) == len(holders)
     for holder in holders:
         holder.close()
 
