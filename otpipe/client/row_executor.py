@@ -107,7 +107,7 @@ class RowExecutor:
         self.slots_used += 1
         masked_n = self._request[_HEAD_ROOM:][: linear_map.in_features]
         np.negative(self._mask(linear_map.index)[0], out=masked_n)  # 0 - r mod 2^8
-        masked_n[token] += 1  # 1 - r at the token
+        masked_n[token : token + 1] += 1  # 1 - r at the token; as an array, so that it wraps
         answer_m = self._exchange(linear_map.index)
         row_m = np.add(answer_m, self._correction[0]).view(np.int8)
         return np.multiply(row_m, self._embedding_scale[token], dtype=np.float32)[None]
