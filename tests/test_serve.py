@@ -139,6 +139,19 @@ def test_a_killed_rank_ends_the_server(model: Path, expected: list[int], tmp_pat
     assert_no_traceback_of_ours(server)
 
 
+def test_a_killed_launcher_ends_the_server(model: Path) -> None:
+    with torchrun_server(model, 2) as server:
+        pids = server.rank_pids().values()
+        server.process.kill()
+        deadline = time.monotonic() + END_LIMIT_S
+        while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+        lines = otpipe_lines(server)
+    launcher = f"torchrun (pid {server.process.pid}) is gone; start the server again"
+    assert any(line.endswith(f"ends: {launcher}") for line in lines)
+
+
 def test_a_killed_gateway_ends_the_server(model: Path) -> None:
     with torchrun_server(model, 3) as server:
         pid = server.rank_pids()[0]

@@ -30,6 +30,7 @@ class Shutdown:
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
+        self._launcher_pid = os.getppid()
         self._asked = threading.Event()
         self._signalled = threading.Event()
         self._lock = threading.Lock()
@@ -62,9 +63,15 @@ class Shutdown:
         signal.signal(signal.SIGINT, self._on_signal)
 
     def wait(self) -> NoReturn:
-        """Wait until someone asks for the end, and end."""
+        """Wait until someone asks for the end, or whoever started this process is gone; end."""
         while not self._asked.wait(0.5):  # in slices, so that signals are handled on any system
-            pass
+            if os.getppid() != self._launcher_pid:
+                # Nobody could restart this rank, or tell it to stop: do not keep port and GPU.
+                self.ask(
+                    EXIT_RANK_DIED,
+                    f"rank {self._rank} ends: torchrun (pid {self._launcher_pid}) is gone; start "
+                    "the server again",
+                )
         sentence = self._sentence
         if sentence and self._rank > self._first_speaker and self._signalled.wait(ECHO_PATIENCE_S):
             sentence = ""
