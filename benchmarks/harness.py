@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -118,6 +119,24 @@ def server(model: Path, ranks: int, device: str, *args: str) -> Iterator[tuple[s
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def rank_pids() -> list[int]:
+    """Processes of the servers that :func:`server` has running, in no order."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                status = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+                parents[int(entry.name)] = int(status[1])
+    own = os.getpid()
+    return [pid for pid, parent in parents.items() if parents.get(parent) == own]
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time that another process has used so far."""
+    status = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(status[11]) + int(status[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def timed(action: Callable[[], object], device: str = "cpu") -> float:

@@ -20,6 +20,7 @@ from otpipe.client.masked_executor import MaskedExecutor
 from otpipe.client.preparation import PreparationReport, Progress, prepare_slots
 from otpipe.client.prompt import PromptEncoder
 from otpipe.client.row_executor import RowExecutor
+from otpipe.client.row_streams import RowStreams
 from otpipe.client.sampling import Sampler, SamplingParams
 from otpipe.client.store import MapShape, PadStore, SlotDamaged, default_root
 from otpipe.client.text_stream import TextStream
@@ -97,6 +98,9 @@ class Client:
         self._encoder: PromptEncoder | None = None
         self.executor = MaskedExecutor(self.bundle, self._store, self._link)
         self.row_executor = RowExecutor(self.bundle, self._store, self._link)
+        self._streams = RowStreams(
+            self.bundle, self._store, self._link, self._options, self.executor
+        )
         self.last: Generation | None = None
         """The latest generation, complete or not."""
 
@@ -323,7 +327,7 @@ class Client:
 
     def _forward(self, token_ids: list[int], cache: KVCache, wanted: LogitsFor) -> Tensor | None:
         if len(token_ids) > 1:
-            return forward(self.executor, token_ids, cache, wanted)
+            return self._streams.forward(token_ids, cache, wanted)
         logits = forward(self.row_executor, token_ids, cache, wanted)
         return None if logits is None else torch.from_numpy(logits)
 

@@ -48,6 +48,7 @@ MAX_SHOWN_CHARACTERS = 400
 """Of the text of an ERROR."""
 
 _CLOSED = "this client is closed; open a new one"
+_INTERRUPTED = "the pass that this request belonged to was given up"
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
 
@@ -116,11 +117,18 @@ class ServerLink:
         welcome: the server's first frame.
     """
 
-    def __init__(self, options: LinkOptions, fingerprint: str | None = None) -> None:
+    def __init__(
+        self,
+        options: LinkOptions,
+        fingerprint: str | None = None,
+        *,
+        seek_for_s: float | None = None,
+    ) -> None:
         """Connect.
 
         Args:
             fingerprint: the weights the caller has pads for; None accepts any and keeps to it.
+            seek_for_s: how long to seek a server at first; None: ``retry_for_s``, as later.
 
         Raises:
             ConnectionLost: no server answered within ``retry_for_s``.
@@ -131,10 +139,11 @@ class ServerLink:
         self._fingerprint = fingerprint
         self._connection: FrameConnection | None = None
         self._closed = False
+        self._interrupted = False
         self.traffic = Traffic()
         self.round_trips = 0
         self.welcome: Welcome
-        self._restore(None)
+        self._restore(None, seek_for_s)
 
     def request(
         self,
@@ -212,6 +221,8 @@ class ServerLink:
                     meanwhile = None
                 answer = receive()
             except ConnectionLost as error:
+                if self._closed or self._interrupted:
+                    raise
                 now_s = time.monotonic()
                 if failing_since_s is None:
                     failing_since_s = now_s
@@ -240,8 +251,12 @@ class ServerLink:
         answer_type: MessageType,
         answer_bytes: Callable[[Header], int],
         timeout_s: float = ANSWER_TIMEOUT_S,
+        new_buffer: Callable[[int], np.ndarray] | None = None,
     ) -> np.ndarray:
-        """Receive one answer of the given type; no second try."""
+        """Receive one answer of the given type; no second try.
+
+        ``new_buffer`` as for ``FrameConnection.receive_payload``.
+        """
         connection = self._connection
         if connection is None:
             raise ConnectionLost(_CLOSED)
@@ -253,11 +268,32 @@ class ServerLink:
             raise ProtocolError(
                 f"the server sent message type {message_type} where {answer_type.name} was due"
             )
-        return connection.receive_payload(announced, answer_bytes(header))
+        return connection.receive_payload(announced, answer_bytes(header), new_buffer)
 
     def restore(self, cause: ConnectionLost) -> None:
         """Reconnect after a failed :meth:`send` or :meth:`receive`."""
         self._restore(cause)
+
+    def interrupt(self) -> None:
+        """From another thread: make the request under way, and all further ones, fail soon.
+
+        :meth:`resume` ends that; the next request then connects anew.
+        """
+        self._interrupted = True
+        self._drop()
+
+    def resume(self) -> None:
+        """Serve requests again after :meth:`interrupt`."""
+        self._interrupted = False
+
+    def absorb(self, other: ServerLink) -> None:
+        """Count what ``other``, a second line of the same conversation, has carried."""
+        traffic = other.current_traffic()
+        self.traffic.bytes_sent += traffic.bytes_sent
+        self.traffic.bytes_received += traffic.bytes_received
+        self.traffic.frames_sent += traffic.frames_sent
+        self.traffic.frames_received += traffic.frames_received
+        self.round_trips += other.round_trips
 
     def close(self) -> None:
         """Leave. Safe to call twice, and from another thread to wake a blocked request."""
@@ -270,6 +306,8 @@ class ServerLink:
         """The open connection; a new one if the server had stayed away and may be back."""
         if self._closed:
             raise ConnectionLost(_CLOSED)
+        if self._interrupted:
+            raise ConnectionLost(_INTERRUPTED)
         if self._connection is None:
             self._restore(None)
         assert self._connection is not None
@@ -293,15 +331,17 @@ class ServerLink:
             self.traffic.frames_received + live.frames_received,
         )
 
-    def _restore(self, cause: ConnectionLost | None) -> None:
+    def _restore(self, cause: ConnectionLost | None, seek_for_s: float | None = None) -> None:
         """Connect to the first server that answers, until ``retry_for_s`` is over."""
         self._drop()
-        deadline = time.monotonic() + self._options.retry_for_s
+        if seek_for_s is None:
+            seek_for_s = self._options.retry_for_s
+        deadline = time.monotonic() + seek_for_s
         pause_s = FIRST_RETRY_S
         last: Exception | None = cause
         if cause is not None:
             log.warning("%s; reconnecting", cause)
-        while not self._closed:
+        while not (self._closed or self._interrupted):
             foreign: FingerprintMismatch | None = None
             for address in self._options.servers:
                 try:
@@ -327,12 +367,12 @@ class ServerLink:
             if time.monotonic() + pause_s > deadline:
                 names = ", ".join(map(str, self._options.servers))
                 raise ConnectionLost(
-                    f"no server at {names} answered within {self._options.retry_for_s:.0f} s "
+                    f"no server at {names} answered within {seek_for_s:.0f} s "
                     f"(last: {last}); start it, or check address and TLS options"
                 ) from last
             time.sleep(pause_s)
             pause_s = min(pause_s * 2, LAST_RETRY_S)
-        raise ConnectionLost("this client was closed")
+        raise ConnectionLost("this client was closed" if self._closed else _INTERRUPTED)
 
     def _connect(self, address: ServerAddress) -> None:
         sock = self._options.connect((address.host, address.port), CONNECT_TIMEOUT_S)

@@ -4,10 +4,11 @@ Oblivious linear evaluation with additively homomorphic RLWE encryption and plai
 (docs/protocol.md, "Preprocessing"). Each map is one exchange: the client uploads encryptions of its
 pads block by block and receives packed encryptions of W·r. Nothing here depends on a prompt.
 
-A few maps are exchanged at once, each over a connection of its own, so that encryption, network,
-GEMM and decryption overlap. Memory: per exchange one upload block (at most 16 MiB) with its
-polynomials, one answer piece (at most 16 MiB) with its polynomials, and the pads of one map as the
-store bounds them; never a whole map's ciphertexts.
+Several maps are exchanged at once, each by one thread over a connection of its own, so that
+encryption, network, GEMM, decryption and disk overlap; a thread does not share its work, since the
+others have theirs. Memory: per exchange one upload block with its pads, one answer frame with its
+results (2 MiB each; at most 16 from another server), and the corrections of one map as the store
+bounds them; never a whole map's ciphertexts.
 
 Shapes: T slots, J coordinates of a block, N ring degree.
 """
@@ -18,18 +19,22 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 
 from otpipe.client.link import LinkOptions, ServerLink
 from otpipe.client.store import PadStore
+from otpipe.client.store_checksum import transpose_and_sum
 from otpipe.client.store_writer import BatchWriter
 from otpipe.crypto.noise import choose_upload_bytes
 from otpipe.crypto.params import RlweParams, params_for_ring
 from otpipe.crypto.rlwe import BatchSecret, decrypt_block, encrypt_block
 from otpipe.errors import ConnectionLost, OtpipeError, ParameterError, ProtocolError
+from otpipe.kernels.cpu import in_this_thread
 from otpipe.model.bundle import ModelBundle
 from otpipe.model.spec import LinearMap
 from otpipe.protocol.messages import (
@@ -49,8 +54,8 @@ MIN_BATCH_SLOTS = 64
 need a larger one: packing many outputs into one ciphertext adds up their noise."""
 
 BLOCK_COORDINATES = 128
-EXCHANGES_AT_ONCE = min(4, max(2, (os.cpu_count() or 1) // 4))
-"""Enough to keep client, network and server busy at once; each holds the memory stated above."""
+EXCHANGES_AT_ONCE = min(8, max(2, os.cpu_count() or 1))
+"""One core each while they encrypt or decrypt; each holds the memory stated above."""
 
 MAX_TRIES_A_MAP = 5
 QUEUE_TIMEOUT_S = 3600.0
@@ -69,12 +74,16 @@ class PreparationReport:
         slots: slots that are now usable.
         seconds: wall time.
         bytes_sent, bytes_received: on the wire, all connections.
+        stage_s: seconds by stage, those of all exchanges added up: "pads", "encrypt", "send",
+            "wait" (for the server's turn, and for its first answer to a map), "receive",
+            "decrypt", "store", and "commit" (once a batch, by itself).
     """
 
     slots: int
     seconds: float
     bytes_sent: int
     bytes_received: int
+    stage_s: dict[str, float]
 
 
 def batch_sizes(num_slots: int) -> list[int]:
@@ -119,6 +128,7 @@ def prepare_slots(
     total = sum(plan.wire_bytes for plan in plans)
     done = 0
     sent = received = 0
+    clock = _StageClock()
     lock = threading.Lock()
 
     def advance(num_bytes: int) -> None:
@@ -131,16 +141,38 @@ def prepare_slots(
     for plan in plans:
         writer = store.begin_batch(plan.num_slots)
         try:
-            batch = _Batch(plan, bundle, options, writer, advance)
+            batch = _Batch(plan, bundle, options, writer, advance, clock)
             batch.run()
-            writer.commit()
+            with clock.stage("commit"):
+                writer.commit()
         except BaseException:
             writer.abort()
             raise
         sent += batch.bytes_sent
         received += batch.bytes_received
     slots = sum(plan.num_slots for plan in plans)
-    return PreparationReport(slots, time.monotonic() - started_s, sent, received)
+    return PreparationReport(
+        slots, time.monotonic() - started_s, sent, received, dict(clock.seconds)
+    )
+
+
+class _StageClock:
+    """Adds up what every stage takes, over all threads."""
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count the time of the block."""
+        started_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            taken_s = time.perf_counter() - started_s
+            with self._lock:
+                self.seconds[name] += taken_s
 
 
 @dataclass(frozen=True)
@@ -192,12 +224,14 @@ class _Batch:
         options: LinkOptions,
         writer: BatchWriter,
         advance: Callable[[int], None],
+        clock: _StageClock,
     ) -> None:
         self._plan = plan
         self._bundle = bundle
         self._options = options
         self._writer = writer
         self._advance = advance
+        self._stage = clock.stage
         # A secret belongs to one parameter set, and lives as long as this object.
         self._secrets = {
             params.name: BatchSecret.generate(params)
@@ -210,6 +244,7 @@ class _Batch:
         self.bytes_received = 0
 
     def run(self) -> None:
+        _compile(self._plan)
         for map_plan in self._plan.maps:
             self._todo.put(map_plan)
         threads = [
@@ -228,12 +263,13 @@ class _Batch:
         link: ServerLink | None = None
         try:
             link = ServerLink(self._options, self._bundle.fingerprint)
-            while self._failure is None:
-                try:
-                    map_plan = self._todo.get_nowait()
-                except queue.Empty:
-                    return
-                self._exchange_with_retries(link, map_plan)
+            with in_this_thread():
+                while self._failure is None:
+                    try:
+                        map_plan = self._todo.get_nowait()
+                    except queue.Empty:
+                        return
+                    self._exchange_with_retries(link, map_plan)
         except BaseException as error:
             self._failure = self._failure or error
         finally:
@@ -273,16 +309,20 @@ class _Batch:
                 raise ProtocolError(f"the server made ready for another map than {index}")
             return 0
 
-        link.receive(MessageType.OLE_READY, ready, timeout_s=QUEUE_TIMEOUT_S)
+        with self._stage("wait"):
+            link.receive(MessageType.OLE_READY, ready, timeout_s=QUEUE_TIMEOUT_S)
         coordinate_bytes = plan.params.ring_degree * plan.upload_bytes
         step = min(BLOCK_COORDINATES, MAX_OLE_BLOCK_BYTES // coordinate_bytes)
         for first in range(0, n, step):
             if self._failure is not None:
                 raise OtpipeError("preparation stopped")
             count = min(step, n - first)
-            r_TJ = self._writer.pads(index, first, count)
-            block = encrypt_block(secret, a_key, index, first, r_TJ, plan.upload_bytes)
-            link.send(OleBlock(first, count), block.reshape(-1))
+            with self._stage("pads"):
+                r_TJ = self._writer.pads(index, first, count)
+            with self._stage("encrypt"):
+                block = encrypt_block(secret, a_key, index, first, r_TJ, plan.upload_bytes)
+            with self._stage("send"):
+                link.send(OleBlock(first, count), block.reshape(-1))
             meter.add(count * coordinate_bytes)
         self._receive(link, plan, secret, meter)
 
@@ -292,6 +332,7 @@ class _Batch:
         params, slots = plan.params, self._plan.num_slots
         group_bytes = 2 * params.ring_degree * params.answer_bytes
         pack = params.ring_degree // slots
+        buffer = _Buffer()
         next_group = 0
         while next_group < plan.num_groups:
 
@@ -309,15 +350,47 @@ class _Batch:
                     )
                 return answer.groups * group_bytes
 
-            payload = link.receive(MessageType.OLE_ANSWER, due)
+            with self._stage("receive" if next_group else "wait"):
+                payload = link.receive(MessageType.OLE_ANSWER, due, new_buffer=buffer)
             groups = len(payload) // group_bytes
             first_output = next_group * pack
             num_outputs = min(groups * pack, plan.linear_map.out_features - first_output)
             answer = payload.reshape(groups, 2, params.ring_degree, params.answer_bytes)
-            c_mT: np.ndarray = decrypt_block(secret, params, answer, slots, num_outputs)
-            self._writer.put(plan.linear_map.index, first_output, c_mT)
+            with self._stage("decrypt"):
+                c_mT: np.ndarray = decrypt_block(secret, params, answer, slots, num_outputs)
+            with self._stage("store"):
+                self._writer.put(plan.linear_map.index, first_output, c_mT)
             meter.add(len(payload))
             next_group += groups
+
+
+def _compile(plan: _Plan) -> None:
+    """Run every kernel of an exchange once, before a server waits for what they make.
+
+    On a machine that has not run this release before they are compiled here, which may take longer
+    than a server has patience with a client in the middle of an exchange.
+    """
+    slots = plan.num_slots
+    for params, upload_bytes in {(m.params, m.upload_bytes) for m in plan.maps}:
+        secret = BatchSecret.generate(params)
+        pads = np.zeros((slots, 1), np.uint8 if params.log2_p == 8 else np.uint32)
+        encrypt_block(secret, os.urandom(A_KEY_BYTES), 0, 0, pads, upload_bytes)
+        answer = np.zeros((1, 2, params.ring_degree, params.answer_bytes), np.uint8)
+        c_mT = decrypt_block(secret, params, answer, slots, 1)
+        sums, weights = np.zeros(slots, np.uint64), np.zeros(1, np.uint64)
+        transpose_and_sum(c_mT, np.empty_like(c_mT.T, order="C"), 0, weights, sums)
+
+
+class _Buffer:
+    """Memory for one payload after another: fresh pages would cost as much as filling them."""
+
+    def __init__(self) -> None:
+        self._held = np.empty(0, np.uint8)
+
+    def __call__(self, num_bytes: int) -> np.ndarray:
+        if self._held.size < num_bytes:
+            self._held = np.empty(num_bytes, np.uint8)
+        return self._held[:num_bytes]
 
 
 class _Meter:

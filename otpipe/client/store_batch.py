@@ -218,21 +218,25 @@ class Batch:
             advice = os.POSIX_FADV_WILLNEED
             os.posix_fadvise(self._corrections_fd, start, count * row_bytes, advice)
 
-    def pads(self, map_index: int, first_slot: int, count: int) -> np.ndarray:
-        """r (count, n) of consecutive slots. Raises CounterMoved."""
+    def pads(
+        self, map_index: int, first_slot: int, count: int, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """r (count, n) of consecutive slots, in ``out`` if given. Raises CounterMoved."""
         if self._refusal:
             raise CounterMoved(self._refusal)
-        return self._regions[map_index].pads.rows(first_slot, count)
+        return self._regions[map_index].pads.rows(first_slot, count, out)
 
-    def corrections(self, map_index: int, first_slot: int, count: int) -> np.ndarray:
-        """c = W r (count, m) of consecutive slots, each row checked against its checksum.
+    def corrections(
+        self, map_index: int, first_slot: int, count: int, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """c = W r (count, m) of consecutive slots, each row checked; in ``out`` if given.
 
         Read with ``preadv`` into memory of our own: on a failing disk a memory map would end the
         process with SIGBUS, and the copy costs less than the page faults. Raises SlotDamaged.
         """
         region = self._regions[map_index]
         shape = region.shape
-        rows = np.empty((count, shape.out_features), shape.dtype)
+        rows = np.empty((count, shape.out_features), shape.dtype) if out is None else out
         try:
             offset = region.offset + first_slot * shape.correction_bytes
             files.pread_into(self._corrections_fd, rows, offset)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import NamedTuple
 
@@ -61,36 +61,55 @@ class SlotLease:
             for i in range(span.num_slots)
         ]
 
-    def masks(self, map_index: int, rows: Rows = None) -> np.ndarray:
+    def masks(self, map_index: int, rows: Rows = None, out: np.ndarray | None = None) -> np.ndarray:
         """The pads r (rows, n) of one map, uint32 or uint8. Raises PadReuseError the second time.
 
         Subtract them from the fixed-point activations mod 2^(8 ring_bytes) and send the result.
+        ``out``: a contiguous array of that shape and type to fill and return.
         """
-        parts = [
-            span.batch.pads(map_index, span.first_slot, span.num_slots)
-            for span in self._claim(self._masks_taken, "mask", map_index, rows)
-        ]
-        return self._join(parts, map_index, inputs=True)
+        spans = self._claim(self._masks_taken, "mask", map_index, rows)
+        if out is None:
+            parts = [span.batch.pads(map_index, span.first_slot, span.num_slots) for span in spans]
+            return self._join(parts, map_index, inputs=True)
+        for span, piece in self._pieces(spans, out):
+            span.batch.pads(map_index, span.first_slot, span.num_slots, piece)
+        return out
 
-    def corrections(self, map_index: int, rows: Rows = None) -> np.ndarray:
+    def corrections(
+        self, map_index: int, rows: Rows = None, out: np.ndarray | None = None
+    ) -> np.ndarray:
         """c = W r (rows, m) of one map, uint32 or uint8. Raises PadReuseError the second time.
 
         Raises SlotDamaged when the disk did not keep what was written; its ``row`` tells which
         row of this lease. The corrections of the other requested rows can then be asked for
-        again.
+        again. ``out``: as of :meth:`masks`.
         """
         spans = self._claim(self._corrections_taken, "correction", map_index, rows)
+        pieces: list[np.ndarray | None] = [None] * len(spans)
+        if out is not None:
+            pieces = [piece for _, piece in self._pieces(spans, out)]
         parts, done = [], 0
-        for span in spans:
+        for span, piece in zip(spans, pieces, strict=True):
             try:
-                parts.append(span.batch.corrections(map_index, span.first_slot, span.num_slots))
+                parts.append(
+                    span.batch.corrections(map_index, span.first_slot, span.num_slots, piece)
+                )
             except SlotDamaged as error:
                 indices = self._row_numbers(rows)
                 error.row = indices[done + error.row]
                 self._unclaim_corrections(map_index, indices)
                 raise
             done += span.num_slots
-        return self._join(parts, map_index, inputs=False)
+        return self._join(parts, map_index, inputs=False) if out is None else out
+
+    @staticmethod
+    def _pieces(spans: Sequence[Span], out: np.ndarray) -> Iterator[tuple[Span, np.ndarray]]:
+        """Every span with its rows of ``out``."""
+        done = 0
+        for span in spans:
+            yield span, out[done : done + span.num_slots]
+            done += span.num_slots
+        assert done == len(out), "out has the rows that were asked for"
 
     def _join(self, parts: list[np.ndarray], map_index: int, inputs: bool) -> np.ndarray:
         if len(parts) == 1:
@@ -170,9 +189,18 @@ class SlotLease:
                 taken[row] = 0
 
     def _spans(self, numbers: Sequence[int]) -> Sequence[Span]:
-        if len(numbers) == self.count and isinstance(numbers, range):
-            return self.spans
         spans: list[Span] = []
+        if isinstance(numbers, range):
+            if len(numbers) == self.count:
+                return self.spans
+            begin = 0
+            for span in self.spans:  # its part of the range, if it has one
+                start = max(numbers.start, begin)
+                stop = min(numbers.stop, begin + span.num_slots)
+                if start < stop:
+                    spans.append(Span(span.batch, span.first_slot + start - begin, stop - start))
+                begin += span.num_slots
+            return spans
         for row in numbers:
             batch, slot = self._locate(row)
             last = spans[-1] if spans else None

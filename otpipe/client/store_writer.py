@@ -28,9 +28,10 @@ from otpipe.client.store_layout import (
     ModelLayout,
 )
 from otpipe.client.store_pads import CoordinateReader
+from otpipe.client.store_sync import EarlySync
 from otpipe.errors import StoreError
 
-_WINDOW_BYTES = 64 << 20  # of one map's corrections collected before they are written
+_WINDOW_BYTES = 32 << 20  # of one map's corrections collected before they are written
 _SMALL_FILES_BYTES = 1 << 20  # meta, key, counter, directory
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -55,9 +56,10 @@ class _Window:
 class BatchWriter:
     """A batch in preparation. It is in ``<batch id>.partial`` and worthless until ``commit``.
 
-    Each map in progress holds up to 64 MB of corrections in memory; puts are fast when the
+    Each map in progress holds up to 32 MB of corrections in memory; puts are fast when the
     outputs of a map come in ascending order, and correct in any order. ``pads`` and ``put`` may be
-    called from different threads. As a context manager it aborts unless committed.
+    called from different threads, which go on side by side for different maps. As a context manager
+    it aborts unless committed.
     """
 
     def __init__(
@@ -72,7 +74,9 @@ class BatchWriter:
         self.final_path = model_dir / self.batch_id
         self.path = model_dir / (self.batch_id + PARTIAL)
         self._layout, self._on_done = layout, on_done
-        self._lock = threading.Lock()
+        self._idle = threading.Condition()  # nobody puts; guards the state
+        self._putting = 0
+        self._map_locks = [threading.Lock() for _ in layout.shapes]
         self._owner_pid = os.getpid()
         self._state = "open"
         pad_key = secrets.token_bytes(32)
@@ -84,6 +88,7 @@ class BatchWriter:
         self._covered = [np.zeros(shape.out_features, bool) for shape in layout.shapes]
         self._windows: dict[int, _Window] = {}
         self._fd = -1
+        self._early_sync: EarlySync | None = None
         self._create(pad_key)
 
     def _create(self, pad_key: bytes) -> None:
@@ -100,6 +105,7 @@ class BatchWriter:
                 files.write_private(self.path / COUNTER_NAME, new_counter(self.batch_id))
                 self._fd = files.create_private(self.path / CORRECTIONS_NAME)
                 files.reserve(self._fd, corrections_bytes)
+                self._early_sync = EarlySync(self._fd)
         except BaseException:
             self._discard()
             raise
@@ -136,8 +142,11 @@ class BatchWriter:
                 f"outputs {first_output}..{stop} of map {map_index}, which has {shape.out_features}"
             )
         source = np.ascontiguousarray(corrections)
-        with self._lock, self._disk_errors(f"write {self.path / CORRECTIONS_NAME}"):
-            self._require_open()
+        with (
+            self._put_under_way(),
+            self._map_locks[position],
+            self._disk_errors(f"write {self.path / CORRECTIONS_NAME}"),
+        ):
             covered = self._covered[position]
             if first_output == 0 and covered[0]:
                 self._start_over(position)
@@ -156,6 +165,18 @@ class BatchWriter:
             covered[first_output:stop] = True
             if covered.all():
                 self._flush(position)
+
+    @contextmanager
+    def _put_under_way(self) -> Iterator[None]:
+        with self._idle:
+            self._require_open()
+            self._putting += 1
+        try:
+            yield
+        finally:
+            with self._idle:
+                self._putting -= 1
+                self._idle.notify_all()
 
     def _start_over(self, position: int) -> None:
         indices = (self._layout.shapes[position].index,)
@@ -179,17 +200,20 @@ class BatchWriter:
         shape, region = self._layout.shapes[position], self._regions[position]
         if window.filled == shape.out_features:
             files.pwrite_all(self._fd, window.rows, region)
-            return
-        for slot in range(self.num_slots):
-            offset = region + slot * shape.correction_bytes + window.start * shape.ring_bytes
-            files.pwrite_all(self._fd, window.rows[slot, : window.filled], offset)
+        else:
+            for slot in range(self.num_slots):
+                offset = region + slot * shape.correction_bytes + window.start * shape.ring_bytes
+                files.pwrite_all(self._fd, window.rows[slot, : window.filled], offset)
+        assert self._early_sync is not None, "an open batch has a file"
+        self._early_sync.written(window.filled * self.num_slots * shape.ring_bytes)
 
     def commit(self) -> None:
         """Make the batch usable: everything on the medium, then one rename.
 
         Raises ValueError when outputs are missing, and StoreError when the disk fails: then abort.
         """
-        with self._lock, self._disk_errors(f"commit {self.path}"):
+        with self._idle, self._disk_errors(f"commit {self.path}"):
+            self._idle.wait_for(lambda: self._putting == 0)
             self._require_open()
             for shape, covered in zip(self._layout.shapes, self._covered, strict=True):
                 if not covered.all():
@@ -197,6 +221,8 @@ class BatchWriter:
                         f"commit with {int(covered.sum())} of {shape.out_features} outputs of map "
                         f"{shape.index}"
                     )
+            if self._early_sync is not None:
+                self._early_sync.finish()
             os.fsync(self._fd)
             sums = encode_checksums(self.batch_id, self._sums)
             files.write_private(self.path / CHECKSUMS_NAME, sums)
@@ -224,10 +250,11 @@ class BatchWriter:
 
     def abort(self) -> None:
         """Erase the batch. Does nothing after ``commit`` or a first ``abort``."""
-        with self._lock:
+        with self._idle:
             if self._state not in ("open", "failed"):
                 return
             self._state = "aborted"
+            self._idle.wait_for(lambda: self._putting == 0)
             self._discard()
         self._on_done(self)
 
@@ -240,6 +267,8 @@ class BatchWriter:
     def _release(self) -> None:
         self._reader = None
         self._windows.clear()
+        if self._early_sync is not None:
+            self._early_sync.wait()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -262,8 +291,9 @@ class BatchWriter:
         try:
             yield
         except OSError as error:
-            if self._state == "open":  # half of a put may be in the sums: only abort is left
-                self._state = "failed"
+            with self._idle:
+                if self._state == "open":  # half of a put may be in the sums: only abort is left
+                    self._state = "failed"
             if error.errno in _FULL_DISK:
                 needed = self.num_slots * self._layout.bytes_per_slot
                 raise self._full(needed, files.free_bytes(self.path.parent)) from error

@@ -97,14 +97,8 @@ class NoiseBudget:
     def log2_failure(self) -> float:
         """log2 of the probability that any coefficient of a batch decrypts wrongly."""
         tail = 1 - self.sigmas**2 / (2 * math.log(2)) + LOG2_BATCH_COEFFICIENTS
-        high, low = sorted((tail, self._log2_heavy_secret), reverse=True)
+        high, low = sorted((tail, self.params.log2_heavy_secret), reverse=True)
         return high + math.log2(1 + 2.0 ** (low - high))
-
-    @property
-    def _log2_heavy_secret(self) -> float:
-        """Chernoff bound on a ternary t with more than 3N/4 nonzeros (the mean is 2N/3)."""
-        divergence = 0.75 * math.log(0.75 * 1.5) + 0.25 * math.log(0.25 * 3)
-        return -self.params.ring_degree * divergence / math.log(2)
 
 
 def choose_upload_bytes(params: RlweParams, max_row_l2: float, in_features: int, pack: int) -> int:

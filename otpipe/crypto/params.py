@@ -24,32 +24,26 @@ STANDARD_ERROR_STD = 8 / math.sqrt(2 * math.pi)
 _MAX_IMPLEMENTED_LOG2_Q = 56
 
 
-@dataclass(frozen=True)
-class RlweParams:
-    """Secret-key RLWE over Z_q[X]/(X^N + 1), q = 2^log2_q, messages mod p = 2^log2_p.
+@dataclass(frozen=True, kw_only=True)
+class StandardRing:
+    """R_q = Z_q[X]/(X^N + 1), q = 2^log2_q, with the secret and error distributions of the table.
 
     Attributes:
-        name: key in ``RLWE_PARAMS``.
+        name: key in the table of sets it belongs to.
         ring_degree: N, a power of two; one polynomial holds N slots.
         log2_q: ciphertext modulus in bits.
-        log2_p: message modulus in bits: 8 or 32, the ring of the map it serves.
-        answer_bits: bits per coefficient of an answer after modulus switching, whole bytes.
-        upload_bytes: widths in which b may be sent, ascending; the last one holds all of q.
         secret: distribution of t; only "ternary" (uniform in {-1, 0, 1}) is in the table.
         error_eta: centred binomial error, std sqrt(eta / 2); 21 gives 3.24, as in SEAL 4.
         security_bits: classical security claimed; only 128 is in the table.
         source: where the bound on (N, q) comes from.
 
     Raises:
-        ParameterError: the set lies outside the table or cannot work.
+        ParameterError: the set lies outside the table.
     """
 
     name: str
     ring_degree: int
     log2_q: int
-    log2_p: int
-    answer_bits: int
-    upload_bytes: tuple[int, ...]
     secret: str = "ternary"
     error_eta: int = 21
     security_bits: int = 128
@@ -77,6 +71,43 @@ class RlweParams:
                 f"RLWE set {self.name!r} has error width {self.error_std:.2f}; the table needs at "
                 f"least {STANDARD_ERROR_STD:.2f} (error_eta 21)."
             )
+
+    @property
+    def num_planes(self) -> int:
+        """Base-256 digits that cover q: planes of a public polynomial a_j."""
+        return -(-self.log2_q // 8)
+
+    @property
+    def error_std(self) -> float:
+        """Standard deviation of one error coefficient."""
+        return math.sqrt(self.error_eta / 2)
+
+    @property
+    def log2_heavy_secret(self) -> float:
+        """Chernoff bound on a ternary t with more than 3N/4 nonzeros (the mean is 2N/3)."""
+        divergence = 0.75 * math.log(0.75 * 1.5) + 0.25 * math.log(0.25 * 3)
+        return -self.ring_degree * divergence / math.log(2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RlweParams(StandardRing):
+    """Secret-key RLWE for public weights: messages mod p = 2^log2_p.
+
+    Attributes:
+        log2_p: message modulus in bits: 8 or 32, the ring of the map it serves.
+        answer_bits: bits per coefficient of an answer after modulus switching, whole bytes.
+        upload_bytes: widths in which b may be sent, ascending; the last one holds all of q.
+
+    Raises:
+        ParameterError: the set lies outside the table or cannot work.
+    """
+
+    log2_p: int
+    answer_bits: int
+    upload_bytes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.log2_p < self.answer_bits < self.log2_q <= _MAX_IMPLEMENTED_LOG2_Q:
             raise ParameterError(
                 f"RLWE set {self.name!r} has p, answer and q of {self.log2_p}, {self.answer_bits} "
@@ -95,19 +126,9 @@ class RlweParams:
             )
 
     @property
-    def num_planes(self) -> int:
-        """Base-256 digits that cover q: planes of a public polynomial a_j."""
-        return -(-self.log2_q // 8)
-
-    @property
     def answer_bytes(self) -> int:
         """Bytes per coefficient of an answer."""
         return self.answer_bits // 8
-
-    @property
-    def error_std(self) -> float:
-        """Standard deviation of one error coefficient."""
-        return math.sqrt(self.error_eta / 2)
 
     @property
     def message_dtype(self) -> np.dtype[np.unsignedinteger]:

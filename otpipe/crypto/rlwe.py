@@ -28,31 +28,33 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from typing import Any, NoReturn
+from typing import Any, Generic, NoReturn, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from otpipe.crypto import negacyclic
-from otpipe.crypto.params import RlweParams
+from otpipe.crypto.params import RlweParams, StandardRing
 from otpipe.crypto.randomness import KEY_BYTES, centered_binomial, keystream, uniform_ternary
 from otpipe.errors import ProtocolError
 from otpipe.kernels.cpu import parallel_for
 
-#: polynomials that a thread works on at once: their FFT buffers stay in its cache
-_TILE = 16
+Ring = TypeVar("Ring", bound=StandardRing)
+
+#: polynomials that a thread works on at once: their digits and errors stay in its cache
+_TILE = 32
 
 
 class SecretReused(RuntimeError):  # noqa: N818 - reads as what it is
     """The same public polynomial would encrypt twice under one secret; draw a fresh a_key."""
 
 
-class BatchSecret:
+class BatchSecret(Generic[Ring]):
     """The ternary key t of one batch; see the module's rules. Thread-safe."""
 
     __slots__ = ("__weakref__", "_lock", "_spectrum", "_spent", "_t_N", "params")
 
-    def __init__(self, params: RlweParams, t_N: NDArray[np.int8]) -> None:
+    def __init__(self, params: Ring, t_N: NDArray[np.int8]) -> None:
         self.params = params
         self._t_N = t_N
         self._spectrum = negacyclic.spectrum(t_N)
@@ -61,7 +63,7 @@ class BatchSecret:
         self._lock = threading.Lock()
 
     @classmethod
-    def generate(cls, params: RlweParams) -> BatchSecret:
+    def generate(cls, params: Ring) -> BatchSecret[Ring]:
         """A fresh secret from the operating system's randomness."""
         return cls(params, uniform_ternary(params.ring_degree))
 
@@ -100,7 +102,7 @@ class BatchSecret:
 
 
 def expand_a(
-    a_key: bytes, map_index: int, first_coord: int, count: int, params: RlweParams
+    a_key: bytes, map_index: int, first_coord: int, count: int, params: StandardRing
 ) -> NDArray[np.int8]:
     """Public polynomials a_j as signed base-256 digits: int8 (J, D, N), D = ceil(log2_q / 8).
 
@@ -119,7 +121,7 @@ def fill_a(a_key: bytes, map_index: int, first_coord: int, out_JDN: NDArray[np.i
 
 
 def encrypt_block(
-    secret: BatchSecret,
+    secret: BatchSecret[RlweParams],
     a_key: bytes,
     map_index: int,
     first_coord: int,
@@ -152,33 +154,27 @@ def encrypt_block(
     secret.spend(a_key, map_index, first_coord, count)
 
     degree = params.ring_degree
-    limb_bits = -(-params.log2_q // 2)
-    real, imag = negacyclic.twist(degree)
+    tables = negacyclic.tables_for(secret._spectrum)
+    message_TJ = r_TJ.astype(np.uint32, copy=False)  # one width to compile for
     out = np.empty((count, degree, upload_bytes), np.uint8)
     words = out.reshape(count, -1).view(np.uint64)
 
     def body(lo: int, hi: int) -> None:
-        folded, parts = negacyclic.folded_buffer(min(_TILE, hi - lo), degree)
         for start in range(lo, hi, _TILE):
-            stop = min(hi, start + _TILE)
-            size = stop - start
+            size = min(hi, start + _TILE) - start
             a_JDN = expand_a(a_key, map_index, first_coord + start, size, params)
-            negacyclic.fold_digits(a_JDN, params.log2_q, limb_bits, real, imag, parts)
-            negacyclic.multiply(folded[:size], secret._spectrum)
             error = centered_binomial(size * degree, params.error_eta).reshape(size, degree)
-            message = np.ascontiguousarray(r_TJ[:, start:stop].T)
-            negacyclic.finish_encryption(
-                parts,
+            negacyclic.encrypt(
+                a_JDN,
                 error,
-                message,
+                message_TJ,
+                start,
                 params.log2_q,
                 params.log2_q - params.log2_p,
                 dropped_bits,
                 upload_bytes,
-                limb_bits,
-                real,
-                imag,
-                words[start:stop],
+                tables,
+                words[start : start + size],
             )
 
     parallel_for(body, count, _TILE)
@@ -186,7 +182,7 @@ def encrypt_block(
 
 
 def decrypt_block(
-    secret: BatchSecret,
+    secret: BatchSecret[RlweParams],
     params: RlweParams,
     answer: NDArray[np.uint8],
     num_slots: int,
@@ -214,30 +210,15 @@ def decrypt_block(
     if not _aligned(answer):  # a view into a received frame
         answer = answer.copy()
     words = answer.reshape(num_groups, 2, -1).view(np.uint64)
-    limb_bits = -(-params.answer_bits // 2)
-    real, imag = negacyclic.twist(degree)
-    out_GN = np.empty((num_groups, degree), params.message_dtype)
+    tables = negacyclic.tables_for(secret._spectrum)
+    out_GN = np.empty((num_groups, degree), np.uint32)
 
     def body(lo: int, hi: int) -> None:
-        folded, parts = negacyclic.folded_buffer(min(_TILE, hi - lo), degree)
-        for start in range(lo, hi, _TILE):
-            piece = words[start : min(hi, start + _TILE)]
-            size = piece.shape[0]
-            negacyclic.fold_packed(piece[:, 0], num_bytes, limb_bits, real, imag, parts)
-            negacyclic.multiply(folded[:size], secret._spectrum)
-            negacyclic.finish_decryption(
-                parts,
-                piece[:, 1],
-                num_bytes,
-                params.log2_p,
-                limb_bits,
-                real,
-                imag,
-                out_GN[start : start + size],
-            )
+        negacyclic.decrypt(words[lo:hi], num_bytes, params.log2_p, tables, out_GN[lo:hi])
 
     parallel_for(body, num_groups, _TILE)
-    return out_GN.reshape(num_groups * pack, num_slots)[:num_outputs]
+    values = out_GN.reshape(num_groups * pack, num_slots)[:num_outputs]
+    return values.astype(params.message_dtype, copy=False)
 
 
 def _aligned(array: NDArray[Any]) -> bool:

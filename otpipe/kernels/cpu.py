@@ -21,8 +21,9 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
@@ -63,6 +64,8 @@ def _compiler(**options: Any) -> Callable[[Any], Any]:
 #: decorators of the compiled kernels, here and in the packages above
 kernel = _compiler()
 team_kernel = _compiler(parallel=True)
+#: into each caller, with the constants it passes
+inlined_kernel = _compiler(inline="always")
 #: sums of floats may be taken in any order, so that they fill vectors
 float_kernel = _compiler(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
 
@@ -143,6 +146,17 @@ def parallel_for(body: Callable[[int, int], None], total: int, grain: int) -> No
         helper.result()
 
 
+@contextmanager
+def in_this_thread() -> Iterator[None]:
+    """Calls of ``parallel_for`` from this thread run in it alone: for one of many equal workers."""
+    before = getattr(_in_worker, "active", False)
+    _in_worker.active = True
+    try:
+        yield
+    finally:
+        _in_worker.active = before
+
+
 # --- digits ------------------------------------------------------------------------------------
 
 _COLUMNS_PER_TASK = 2048
@@ -180,35 +194,74 @@ def combine_digit_products(products_DTm: Array, unused_bits: int, out_Tm: Array)
 # --- packed little-endian integers -------------------------------------------------------------
 
 
+@inlined_kernel
+def _pack(values: Array, num_bytes: int, words: Array) -> None:
+    width = 8 * num_bytes
+    mask = ~np.uint64(0) >> np.uint64(64 - width)
+    for group in range(values.shape[0] // 8):
+        source = values[8 * group : 8 * group + 8]
+        target = words[group * num_bytes : (group + 1) * num_bytes]
+        pending = np.uint64(0)
+        for i in range(8):
+            value = np.uint64(source[i]) & mask
+            at, shift = i * width >> 6, i * width & 63
+            pending |= value << np.uint64(shift)
+            if shift + width >= 64:
+                target[at] = pending
+                over = shift + width > 64
+                pending = value >> np.uint64(64 - shift) if over else np.uint64(0)
+
+
+@inlined_kernel
+def _unpack(words: Array, num_bytes: int, values: Array) -> None:
+    width = 8 * num_bytes
+    mask = ~np.uint64(0) >> np.uint64(64 - width)
+    for group in range(values.shape[0] // 8):
+        source = words[group * num_bytes : (group + 1) * num_bytes]
+        target = values[8 * group : 8 * group + 8]
+        for i in range(8):
+            at, shift = i * width >> 6, i * width & 63
+            value = source[at] >> np.uint64(shift)
+            if shift + width > 64:
+                value |= source[at + 1] << np.uint64(64 - shift)
+            target[i] = value & mask
+
+
+# The widths of ciphertexts are literals below, so that every shift is known when it is compiled.
+
+
 @kernel
 def pack_words(values: Array, num_bytes: int, words: Array) -> None:
     """Low ``num_bytes`` bytes of each uint64 value, end to end, into uint64 words.
 
     ``values.size`` must be a multiple of 8 and ``words.size`` equal ``values.size*num_bytes/8``.
     """
-    width = np.uint64(8 * num_bytes)
-    mask = (np.uint64(1) << width) - np.uint64(1) if num_bytes < 8 else ~np.uint64(0)
-    pending, fill, at = np.uint64(0), np.uint64(0), 0
-    for k in range(values.shape[0]):
-        value = np.uint64(values[k]) & mask
-        pending |= value << fill
-        fill += width
-        if fill >= np.uint64(64):
-            words[at] = pending
-            at += 1
-            fill -= np.uint64(64)
-            pending = value >> (width - fill) if fill > np.uint64(0) else np.uint64(0)
+    if num_bytes == 2:
+        _pack(values, 2, words)
+    elif num_bytes == 4:
+        _pack(values, 4, words)
+    elif num_bytes == 5:
+        _pack(values, 5, words)
+    elif num_bytes == 6:
+        _pack(values, 6, words)
+    elif num_bytes == 7:
+        _pack(values, 7, words)
+    else:
+        _pack(values, num_bytes, words)
 
 
 @kernel
 def unpack_words(words: Array, num_bytes: int, values: Array) -> None:
     """Inverse of ``pack_words``; values are zero-extended."""
-    width = np.uint64(8 * num_bytes)
-    mask = (np.uint64(1) << width) - np.uint64(1) if num_bytes < 8 else ~np.uint64(0)
-    for k in range(values.shape[0]):
-        start = np.uint64(k) * width
-        at, shift = start >> np.uint64(6), start & np.uint64(63)
-        value = words[at] >> shift
-        if shift + width > np.uint64(64):
-            value |= words[at + np.uint64(1)] << (np.uint64(64) - shift)
-        values[k] = value & mask
+    if num_bytes == 2:
+        _unpack(words, 2, values)
+    elif num_bytes == 4:
+        _unpack(words, 4, values)
+    elif num_bytes == 5:
+        _unpack(words, 5, values)
+    elif num_bytes == 6:
+        _unpack(words, 6, values)
+    elif num_bytes == 7:
+        _unpack(words, 7, values)
+    else:
+        _unpack(words, num_bytes, values)

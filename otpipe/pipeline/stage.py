@@ -8,6 +8,8 @@ Shapes: T rows, n in_features, m out_features.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 
 import msgpack
 import torch
@@ -20,6 +22,7 @@ from otpipe.kernels.ring_gemm import ring_gemm, ring_gemm_bytes
 from otpipe.model.bundle import PublicMap
 from otpipe.model.quantize import QuantizedMap
 from otpipe.model.spec import LinearMap
+from otpipe.pipeline.bulk import BULK_BYTES, BulkProducts
 from otpipe.pipeline.graphs import MAX_ROWS as MAX_GRAPH_ROWS
 from otpipe.pipeline.graphs import GraphedMaps
 from otpipe.pipeline.jobs import EMPTY, JobHeader, Op
@@ -27,7 +30,7 @@ from otpipe.protocol.messages import MAX_OLE_BLOCK_BYTES
 
 
 class Stage:
-    """The maps of one rank on its one device. Not thread-safe: one job at a time.
+    """The maps of one rank on its one device. One job at a time; on CUDA bulk products beside it.
 
     Args:
         maps: this rank's maps by index, weights on ``device``.
@@ -45,7 +48,11 @@ class Stage:
         self._linear_maps = linear_maps
         self.device = device
         self._graphs: GraphedMaps | None = None
+        self._bulk: BulkProducts | None = None
         if device.type == "cuda":
+            # Tensor cores want each output's weights side by side; the embedding comes transposed.
+            self._maps = {i: replace(m, weight=m.weight.contiguous()) for i, m in maps.items()}
+            self._bulk = BulkProducts(device)
             self._graphs = GraphedMaps(self._product, linear_maps, tuple(maps), device)
         self._evaluators: dict[int, LinearEvaluator] = {}
         self._answers: dict[int, Iterator[tuple[int, Tensor]]] = {}
@@ -100,6 +107,8 @@ class Stage:
         Returns:
             uint8 (rows * m * ring_bytes,), on the CPU or on this rank's device.
         """
+        if self._bulk is not None and payload.numel() >= BULK_BYTES and not payload.is_cuda:
+            return self._bulk.run(partial(self._product, map_index, rows), payload)
         if self._graphs is not None and rows <= MAX_GRAPH_ROWS and not payload.is_cuda:
             return torch.from_numpy(self._graphs.linear(map_index, rows, payload.numpy()))
         return self._product(map_index, rows, payload.to(self.device, non_blocking=True))
@@ -129,9 +138,8 @@ class Stage:
     def _ole_block(self, job: JobHeader, payload: Tensor) -> None:
         linear_map = self._linear_maps[job.map_index]
         ring_degree = params_for_ring(linear_map.ring_bits).ring_degree
-        block = payload.to(self.device, non_blocking=True)
         self._evaluators[job.session].add_block(
-            job.first, block.view(job.rows, ring_degree, job.extra)
+            job.first, payload.view(job.rows, ring_degree, job.extra)
         )
 
     def _ole_next(self, job: JobHeader) -> tuple[JobHeader, Tensor]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from otpipe.errors import ServerRefused
+from otpipe.pipeline.bulk import BULK_BYTES
 from otpipe.pipeline.jobs import EMPTY, JobHeader, Op
 from otpipe.server.turns import Turns
 
@@ -43,9 +44,17 @@ class _LinearJob:
 class Lane:
     """All traffic with one rank."""
 
-    def __init__(self, rank: int, rank_call: RankCall, max_rows: Sequence[int]) -> None:
-        """``max_rows``: most rows of one request, by map; grouped clients share that limit."""
+    def __init__(
+        self, rank: int, rank_call: RankCall, max_rows: Sequence[int], side_by_side: bool = False
+    ) -> None:
+        """Make a lane.
+
+        Args:
+            max_rows: most rows of one request, by map; grouped clients share that limit.
+            side_by_side: bulk requests may run at once; for this process's own CUDA device.
+        """
         self.rank = rank
+        self._side_by_side = side_by_side
         self._max_rows = max_rows
         self.ole_turns = Turns(MAX_OLE_SESSIONS_PER_RANK)
         self._rank_call = rank_call
@@ -62,6 +71,8 @@ class Lane:
         Returns:
             uint8 (rows * m * ring_bytes,) CPU.
         """
+        if self._side_by_side and payload.numel() >= BULK_BYTES:
+            return self._checked_call(JobHeader(Op.LINEAR, map_index, rows), payload)[1]
         if self._busy.acquire(blocking=False):  # nobody waits: no queue
             try:
                 return self._run_rows(map_index, rows, payload)

@@ -157,7 +157,9 @@ def serve_rank(plan: RankPlan, shutdown: Shutdown) -> None:
         return
     max_rows = [max_linear_rows(m.in_features, m.out_features, m.ring_bytes) for m in spec.maps]
     lanes = [
-        Lane(peer, handle if peer == rank else _remote(transport, peer, device, shutdown), max_rows)
+        Lane(peer, handle, max_rows, side_by_side=device.type == "cuda")
+        if peer == rank
+        else Lane(peer, _remote(transport, peer, device, shutdown), max_rows)
         for peer in range(options.world_size)
     ]
     _open_gateway(plan, plan.listener, lanes, shutdown)
@@ -179,7 +181,13 @@ def _open_gateway(
     plan: RankPlan, listener: Listener, lanes: list[Lane], shutdown: Shutdown
 ) -> None:
     audit = Audit() if plan.options.audit else None
-    service = Service(_assemble_bundle(plan.checkpoint, lanes), plan.placement, lanes, audit)
+    service = Service(
+        _assemble_bundle(plan.checkpoint, lanes),
+        plan.placement,
+        lanes,
+        audit,
+        pinned=plan.device.type == "cuda",
+    )
     gateway = Gateway(service, plan.options.listen, listener)
     if audit is not None:
         shutdown.at_end(lambda: _say(GATEWAY_RANK, audit.line()))

@@ -10,6 +10,7 @@ import numpy as np
 from otpipe import __version__
 from otpipe.model.bundle import ModelBundle
 from otpipe.model.spec import ModelSpec
+from otpipe.pipeline.bulk import BULK_BYTES, pinned_buffer
 from otpipe.pipeline.placement import Placement
 from otpipe.protocol.messages import Welcome
 from otpipe.server.lanes import Lane
@@ -56,6 +57,7 @@ class Service:
         placement: owner of every map.
         lanes: one per rank, in rank order.
         audit: collects what clients send, or None.
+        pinned: whether payloads go on to a CUDA device.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Service:
         placement: Placement,
         lanes: list[Lane],
         audit: Audit | None = None,
+        pinned: bool = False,
     ) -> None:
         self.spec: ModelSpec = bundle.spec
         self.bundle = bundle.to_bytes()
@@ -79,6 +82,13 @@ class Service:
         self._lanes = lanes
         self._max_row_l2 = [bundle.maps[m.index].max_row_l2 for m in bundle.spec.maps]
         self._audit = audit
+        self._pinned = pinned
+
+    def new_buffer(self, num_bytes: int) -> np.ndarray:
+        """uint8 (num_bytes,) for the payload of a masked request."""
+        if self._pinned and num_bytes >= BULK_BYTES:
+            return pinned_buffer(num_bytes).numpy()
+        return np.empty(num_bytes, np.uint8)
 
     def lane_of(self, map_index: int) -> Lane:
         """The lane of the rank that owns a map."""

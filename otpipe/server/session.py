@@ -187,7 +187,9 @@ class ClientSession:
                 f"{request.rows} rows were sent through {linear_map.name}; 1 to {most} are allowed"
             )
         row_bytes = linear_map.in_features * linear_map.ring_bytes
-        payload = self._connection.receive_payload(announced, request.rows * row_bytes)
+        payload = self._connection.receive_payload(
+            announced, request.rows * row_bytes, self._service.new_buffer
+        )
         self._service.audit(payload)
         lane = self._service.lane_of(linear_map.index)
         result = lane.linear(linear_map.index, request.rows, torch.from_numpy(payload))

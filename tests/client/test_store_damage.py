@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import stat
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from store_cases import (
     prepare,
 )
 
-from otpipe.client import store_files
+from otpipe.client import store_files, store_sync
 from otpipe.client.store import PadStore, SlotDamaged, StoreFull
 from otpipe.client.store_checksum import first_bad_row, position_weights, transpose_and_sum
 from otpipe.client.store_layout import ModelLayout
@@ -361,6 +362,30 @@ def test_failing_sync_fails_the_commit(tmp_path: Path, monkeypatch: pytest.Monke
                     writer.commit()
         assert store.free_slots == 0
         assert not [path for path in store.path.iterdir() if path.is_dir()]
+
+
+def test_failing_early_sync_fails_the_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failed write-back is reported once, and then not to the synchronisation at the end."""
+    fsync, failed = os.fsync, threading.Event()
+
+    def fail_in_the_background(fd: int) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            failed.set()
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(fd)
+
+    monkeypatch.setattr(store_sync, "PERIOD_BYTES", 100)
+    with open_store(tmp_path) as store:
+        with store.begin_batch(4) as writer:
+            monkeypatch.setattr(os, "fsync", fail_in_the_background)
+            fill(writer)
+            assert failed.wait(5)
+            with pytest.raises(StoreError, match="cannot commit"):
+                writer.commit()
+            monkeypatch.undo()
+        assert store.free_slots == 0
 
 
 def test_unusable_root(tmp_path: Path) -> None:

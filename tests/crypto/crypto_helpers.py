@@ -113,7 +113,7 @@ def exchange(
     for first_group, answer in evaluator.answers(max_bytes):
         num_outputs = min(len(answer) * pack, m - first_group * pack)
         got.append(decrypt_block(secret, params, answer.numpy(), num_slots, num_outputs))
-        answers.append(answer)
+        answers.append(answer.clone())  # its memory may serve the next
     wide = weight.cpu().numpy().astype(np.int64) @ r_Tn.T.astype(np.int64)
     return Exchange(
         secret,

@@ -9,9 +9,8 @@ import torch
 from crypto_helpers import MAP_INDEX
 from torch import Tensor
 
-from otpipe.crypto import evaluate
-from otpipe.crypto.evaluate import (
-    LinearEvaluator,
+from otpipe.crypto import evaluate, evaluate_cuda
+from otpipe.crypto.ciphertext_ops import (
     add_products,
     add_products_torch,
     round_products,
@@ -19,6 +18,7 @@ from otpipe.crypto.evaluate import (
     split_packed,
     split_packed_torch,
 )
+from otpipe.crypto.evaluate import LinearEvaluator
 from otpipe.crypto.params import RLWE_PARAMS, RlweParams
 from otpipe.crypto.rlwe import expand_a
 from otpipe.errors import ParameterError, ProtocolError
@@ -57,7 +57,7 @@ def run(evaluator: LinearEvaluator, block: Tensor, step: int, max_bytes: int = 1
         assert first_group == due and piece.device.type == "cpu"
         assert piece.numel() <= max_bytes or len(piece) == 1
         due += len(piece)
-        pieces.append(piece)
+        pieces.append(piece.clone())
     return torch.cat(pieces)
 
 
@@ -97,7 +97,7 @@ def test_answers_are_exact(
 ) -> None:
     # Small tiles and stages, so that every loop goes round more than once.
     monkeypatch.setattr(evaluate, "STAGE_INPUTS", 8)
-    monkeypatch.setattr(evaluate, "_TILE_ROWS", {"cpu": 4})
+    monkeypatch.setattr(evaluate, "TILE_ROWS", 4)
     params = RLWE_PARAMS[name]
     weight, block = random_case(m, n, params, upload_bytes, layout)
     evaluator = LinearEvaluator(weight, params, MAP_INDEX, A_KEY, num_slots, upload_bytes)
@@ -120,6 +120,7 @@ def test_cuda_answers_equal_cpu_answers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(evaluate, "STAGE_INPUTS", 16)
+    monkeypatch.setattr(evaluate_cuda, "TILE_ROWS", 64)
     params = RLWE_PARAMS[name]
     weight, block = random_case(m, n, params, upload_bytes, layout)
     answers = []

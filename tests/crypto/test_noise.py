@@ -69,7 +69,7 @@ def test_failure_bound_is_the_union_of_its_parts() -> None:
     assert budget.error_std == pytest.approx(2000 * math.sqrt(10.5) / 2**13)
     assert NoiseBudget(RING32, 2000.0, 896, 1, 7).upload_rounding_std == 0
     # a secret with more than 3N/4 nonzeros: no better than this, whatever the other noise
-    assert -49 < NoiseBudget(RING32, 0.0, 896, 1, 7)._log2_heavy_secret < -48
+    assert -49 < RING32.log2_heavy_secret < -48
     assert budget.log2_failure <= MAX_LOG2_FAILURE
 
 

@@ -18,22 +18,22 @@ from proxies import Recording, recording_proxy
 from servers import LocalServer
 from traffic_checks import (
     changed_resends,
-    different_outlines,
+    different_conversations,
     distinguishable,
     exchange_outlines,
     masked_requests,
     not_uniform,
-    outline,
     repeated_blocks,
     repeated_keys,
     shared_substrings,
     upload_law,
-    without_repetitions,
+    without_resends,
 )
 from traffic_runs import (
     MIN_ROWS,
     OUTLIER_TOKENS,
     SAME_TOKEN,
+    STREAMS,
     conversation,
     masked_findings,
     masked_input_bytes,
@@ -61,7 +61,7 @@ def test_masked_rows_are_uniform_noise(
         list(seen.client.generate_ids(prompt, 40))
         assert seen.client.last is not None
         assert seen.client.last.stats.slots_used == len(prompt) + 39
-        assert masked_findings([seen.online], seen.spec) == []
+        assert masked_findings(seen.online, seen.spec) == []
 
 
 def test_two_runs_of_one_prompt_have_nothing_in_common(server: LocalServer, tmp_path: Path) -> None:
@@ -70,8 +70,8 @@ def test_two_runs_of_one_prompt_have_nothing_in_common(server: LocalServer, tmp_
         with watched(server.address, tmp_path / run) as seen:
             seen.client.prepare(512)
             assert len(list(seen.client.generate_ids(SAME_TOKEN, 20))) == 20
-            recordings.append(seen.online)
-            frames = masked_requests([seen.online])
+            recordings += seen.online
+            frames = masked_requests(seen.online)
             payloads.append(b"".join(frame.payload for frame in frames))
             by_map.append(rows_by_map(frames, seen.spec))
     # No repetition, and no two rows of a map that are close, in all that was sent together.
@@ -97,10 +97,9 @@ def test_a_restarted_client_uses_no_pad_again(server: LocalServer, tmp_path: Pat
                     next(tokens)
                 assert client.free_slots == 512 - (119, 223, 342)[run]
         online = [r for r in proxy.recordings if masked_requests([r])]
-        assert len(online) == 3
+        assert len(online) == 3 * STREAMS
         assert masked_findings(online, spec) == []
-        requests = masked_requests(online)
-        assert requests == without_repetitions(requests)
+        assert masked_requests(online) == without_resends(online)
 
 
 @pytest.mark.parametrize("upward", [True, False], ids=["requests", "answers"])
@@ -117,9 +116,11 @@ def test_after_a_cut_the_very_same_bytes_are_sent_again(
         assert len(online) >= 5
         assert changed_resends(online) == []
         assert masked_findings(online, client.bundle.spec) == []
-        sent = masked_requests(online)
-        assert len(without_repetitions(sent)) == 20 * len(client.bundle.spec.maps)
-        assert len(sent) > len(without_repetitions(sent)) or upward
+        sent, once = masked_requests(online), without_resends(online)
+        maps = len(client.bundle.spec.maps)
+        # The prompt's rows go in STREAMS parts, but for the last map, which only one row needs.
+        assert len(once) == 20 * maps + (STREAMS - 1) * (maps - 1)
+        assert len(sent) > len(once) or upward
 
 
 # -- what is uploaded in the preparation ---------------------------------------------------------
@@ -175,19 +176,18 @@ def test_the_shape_of_a_conversation_depends_on_lengths_only(
         conversation(server.address, tmp_path / f"store{number}", prompt, 12)
         for number, prompt in enumerate(prompts)
     ]
+    assert len(runs[0].online) == STREAMS
     for run in runs[1:]:
-        first, other = runs[0][0], run[0]
-        up = different_outlines(outline(first.to_server), outline(other.to_server), "sent")
-        down = different_outlines(outline(first.to_client), outline(other.to_client), "received")
-        assert up + down == []
-        assert exchange_outlines(runs[0][1:]) == exchange_outlines(run[1:])
+        for upward in (True, False):
+            assert different_conversations(runs[0].online, run.online, upward=upward) == []
+        assert exchange_outlines(runs[0].preparations) == exchange_outlines(run.preparations)
     shorter = conversation(server.address, tmp_path / "shorter", SAME_TOKEN[1:], 12)
-    assert different_outlines(outline(runs[0][0].to_server), outline(shorter[0].to_server), "sent")
+    assert different_conversations(runs[0].online, shorter.online)
 
 
 def test_a_hidden_length_shows_the_limit_only(server: LocalServer, tmp_path: Path) -> None:
     """Answers that end at once, later and never; without ``hide_length`` the end can be seen."""
-    outlines = []
+    online = []
     with watched(server.address, tmp_path / "first") as seen:
         answer = list(seen.client.generate_ids(OUTLIER_TOKENS, 10))
     stops: list[tuple[int, ...]] = [(), (answer[0],), (next(t for t in answer if t != answer[0]),)]
@@ -197,15 +197,15 @@ def test_a_hidden_length_shows_the_limit_only(server: LocalServer, tmp_path: Pat
             list(
                 seen.client.generate_ids(OUTLIER_TOKENS, 10, stop_token_ids=stop, hide_length=hide)
             )
-            outlines.append(outline(seen.online.to_server))
-    assert different_outlines(outlines[0], outlines[1], "sent") == []
-    assert different_outlines(outlines[0], outlines[2], "sent") == []
-    assert different_outlines(outlines[0], outlines[3], "sent")
+            online.append(seen.online)
+    assert different_conversations(online[0], online[1]) == []
+    assert different_conversations(online[0], online[2]) == []
+    assert different_conversations(online[0], online[3])
 
 
 def test_only_known_messages_are_sent(server: LocalServer, tmp_path: Path) -> None:
     """Each request type is constant but for the payloads and a_key that other tests judge."""
-    recordings = conversation(server.address, tmp_path, SAME_TOKEN[:20], 4)
+    recordings = conversation(server.address, tmp_path, SAME_TOKEN[:20], 4).proxy.recordings
     sent = [frame for r in recordings for frame in Recording.frames(r.to_server)]
     kinds = {frame.type for frame in sent}
     judged = {MessageType.LINEAR, MessageType.OLE_BEGIN, MessageType.OLE_BLOCK}

@@ -14,15 +14,13 @@ import numpy as np
 import pytest
 from cutting_proxy import cutting_proxy
 from numpy.typing import NDArray
-from proxies import Recording
 from servers import LocalServer
 from traffic_checks import (
     changed_resends,
-    different_outlines,
+    different_conversations,
     distinguishable,
     masked_requests,
     not_uniform,
-    outline,
     repeated_blocks,
     repeated_keys,
     shared_substrings,
@@ -31,6 +29,7 @@ from traffic_checks import (
 from traffic_runs import (
     OUTLIER_TOKENS,
     SAME_TOKEN,
+    STREAMS,
     conversation,
     masked_findings,
     masked_input_bytes,
@@ -42,7 +41,7 @@ from traffic_runs import (
 )
 
 from otpipe import Client
-from otpipe.client import masked_executor, preparation, store_pads, store_writer
+from otpipe.client import chunk_executor, preparation, row_streams, store_pads, store_writer
 from otpipe.client.link import ServerLink
 from otpipe.client.store_batch import Batch
 from otpipe.client.store_lease import SlotLease
@@ -56,7 +55,7 @@ def findings_of_generation(server: LocalServer, store: Path, prompt: Sequence[in
     with watched(server.address, store) as seen:
         seen.client.prepare(512)
         assert len(list(seen.client.generate_ids(prompt, 20))) == 20
-        return masked_findings([seen.online], seen.spec)
+        return masked_findings(seen.online, seen.spec)
 
 
 def assert_found(findings: Sequence[str], *phrases: str) -> None:
@@ -67,17 +66,30 @@ def assert_found(findings: Sequence[str], *phrases: str) -> None:
 # -- masks ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("streams", "phrases"),
+    [
+        (1, ("embed: rows 0 and 101 are close", "differ")),
+        # A quarter of the prompt and a decode step lie between the two on the own connection.
+        (STREAMS, ("embed: rows 0 and 26 are close",)),
+    ],
+)
 def test_a_slot_that_is_handed_out_twice(
-    server: LocalServer, tmp_path: Path, monkeypatch: Patch
+    streams: int,
+    phrases: tuple[str, ...],
+    server: LocalServer,
+    tmp_path: Path,
+    monkeypatch: Patch,
 ) -> None:
     """Two different prompts under the same slots; both get right answers."""
+    monkeypatch.setattr(row_streams, "MAX_STREAMS", streams)
     monkeypatch.setattr(Batch, "spend", lambda self, count: 0)
     with watched(server.address, tmp_path) as seen:
         seen.client.prepare(512)
         first, second = scattered(200)[:100], scattered(200)[100:]
         tokens = [list(seen.client.generate_ids(prompt, 2)) for prompt in (first, second)]
-        findings = masked_findings([seen.online], seen.spec)
-    assert_found(findings, "are repetitions", "embed: rows 0 and 101 are close", "qkv", "differ")
+        findings = masked_findings(seen.online, seen.spec)
+    assert_found(findings, "are repetitions", "qkv", *phrases)
     assert len(tokens) == 2
 
 
@@ -87,10 +99,14 @@ def test_the_same_mask_for_all_rows_of_a_message(
     real = SlotLease.masks
 
     def first_row_for_all(
-        self: SlotLease, map_index: int, rows: slice | None = None
+        self: SlotLease,
+        map_index: int,
+        rows: slice | None = None,
+        out: NDArray[Any] | None = None,
     ) -> NDArray[Any]:
-        masks = real(self, map_index, rows)
-        return np.ascontiguousarray(np.broadcast_to(masks[0], masks.shape))
+        masks = real(self, map_index, rows, out)
+        masks[1:] = masks[0]
+        return masks
 
     monkeypatch.setattr(SlotLease, "masks", first_row_for_all)
     findings = findings_of_generation(server, tmp_path, scattered(100))
@@ -106,10 +122,13 @@ def zero_masks(patch: Patch, only_map: int | None = None) -> None:
             self: SlotLease,
             map_index: int,
             rows: slice | None = None,
+            out: NDArray[Any] | None = None,
             real: Callable[..., NDArray[Any]] = real,
         ) -> NDArray[Any]:
-            values = real(self, map_index, rows)
-            return np.zeros_like(values) if only_map in (None, map_index) else values
+            values = real(self, map_index, rows, out)
+            if only_map in (None, map_index):
+                values[:] = 0
+            return values
 
         patch.setattr(SlotLease, name, zeroed)
 
@@ -138,9 +157,16 @@ def test_masks_of_31_bits(server: LocalServer, tmp_path: Path, monkeypatch: Patc
     """A generator whose highest bit is always zero."""
     real = store_pads.PadStream.rows
 
-    def short(self: store_pads.PadStream, first_slot: int, count: int) -> NDArray[Any]:
-        rows = real(self, first_slot, count)
-        return rows if rows.dtype == np.uint8 else rows & np.uint32(0x7FFFFFFF)
+    def short(
+        self: store_pads.PadStream,
+        first_slot: int,
+        count: int,
+        out: NDArray[Any] | None = None,
+    ) -> NDArray[Any]:
+        rows = real(self, first_slot, count, out)
+        if rows.dtype != np.uint8:
+            rows &= np.uint32(0x7FFFFFFF)
+        return rows
 
     monkeypatch.setattr(store_pads.PadStream, "rows", short)
     findings = findings_of_generation(server, tmp_path, SAME_TOKEN[:200])
@@ -157,9 +183,9 @@ def test_masks_of_a_seeded_generator(
         with watched(server.address, tmp_path / name) as seen:
             seen.client.prepare(512)
             list(seen.client.generate_ids(SAME_TOKEN, 20))
-            assert masked_findings([seen.online], seen.spec) == []
-            recordings.append(seen.online)
-            runs.append(b"".join(f.payload for f in masked_requests([seen.online])))
+            assert masked_findings(seen.online, seen.spec) == []
+            recordings += seen.online
+            runs.append(b"".join(f.payload for f in masked_requests(seen.online)))
     assert shared_substrings(runs[0], runs[1], "runs")
     assert_found(masked_findings(recordings, seen.spec), "requests: ", "are close in")
 
@@ -169,26 +195,27 @@ def test_a_resend_that_is_masked_anew_under_the_same_slot(
 ) -> None:
     """A client that computes the message again instead of keeping its bytes."""
     real = ServerLink._restore
-    real_send = masked_executor.ServerLink.request
-    pending: list[NDArray[np.uint8]] = []
+    real_exchange = ServerLink.exchange
+    pending: dict[ServerLink, memoryview] = {}
 
-    def request(self: ServerLink, message: Any, payload: Any, *rest: Any) -> NDArray[np.uint8]:
-        pending[:] = [payload]
-        return real_send(self, message, payload, *rest)
+    def exchange(self: ServerLink, frame: memoryview, *rest: Any) -> None:
+        pending[self] = frame
+        real_exchange(self, frame, *rest)
 
-    def restore(self: ServerLink, cause: Any) -> None:
-        real(self, cause)
-        if cause is not None and pending:
-            pending[0].view(np.uint8)[::4] += 1  # rounded another way
+    def restore(self: ServerLink, cause: Any, *rest: Any) -> None:
+        real(self, cause, *rest)
+        if cause is not None and self in pending:
+            octets = np.frombuffer(pending[self], np.uint8)
+            octets[len(octets) % 4 + 64 :: 4] += 1  # rounded another way, behind the head
 
     with cutting_proxy(server.address) as proxy, Client(proxy.address, tmp_path) as client:
         client.prepare(64)
-        monkeypatch.setattr(ServerLink, "request", request)
+        monkeypatch.setattr(ServerLink, "exchange", exchange)
         monkeypatch.setattr(ServerLink, "_restore", restore)
         proxy.cut_downward(90_001)
         list(client.generate_ids(OUTLIER_TOKENS, 20))
         online = [r for r in proxy.recordings if masked_requests([r])]
-        assert_found(changed_resends(online), "does not repeat what 0 had begun")
+        assert_found(changed_resends(online), "no later connection repeats what")
         assert_found(masked_findings(online, client.bundle.spec), "are close in")
 
 
@@ -277,25 +304,24 @@ def test_a_client_that_sends_less_for_a_simple_prompt(
     server: LocalServer, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     """Messages whose size depends on the prompt, here to no one's advantage."""
-    real = masked_executor.MaskedExecutor.embed
-    real_limit = masked_executor.max_linear_rows
+    real = chunk_executor.ChunkExecutor.embed
+    real_limit = chunk_executor.max_linear_rows
     simple = [False]
 
-    def embed(self: masked_executor.MaskedExecutor, token_ids: Sequence[int]) -> Any:
+    def embed(self: chunk_executor.ChunkExecutor, token_ids: Sequence[int]) -> Any:
         simple[0] = len(set(token_ids)) == 1
         return real(self, token_ids)
 
     def limit(*shape: int) -> int:
         return 50 if simple[0] else real_limit(*shape)
 
-    monkeypatch.setattr(masked_executor.MaskedExecutor, "embed", embed)
-    monkeypatch.setattr(masked_executor, "max_linear_rows", limit)
-    runs: list[Recording] = [
-        conversation(server.address, tmp_path / str(number), prompt, 4)[0]
+    monkeypatch.setattr(chunk_executor.ChunkExecutor, "embed", embed)
+    monkeypatch.setattr(chunk_executor, "max_linear_rows", limit)
+    first, second = (
+        conversation(server.address, tmp_path / str(number), prompt, 4)
         for number, prompt in enumerate((SAME_TOKEN, scattered(len(SAME_TOKEN))))
-    ]
-    first, second = (outline(run.to_server) for run in runs)
-    assert different_outlines(first, second, "sent")
+    )
+    assert different_conversations(first.online, second.online)
 
 
 def test_the_checks_refuse_to_judge_too_little() -> None:

@@ -251,6 +251,29 @@ def different_outlines(a: Outline, b: Outline, what: str) -> list[str]:
     return []
 
 
+def online_outlines(recordings: Sequence[Recording], upward: bool) -> list[Outline]:
+    """Outlines of a client's own connection, first, and of those for passes of many rows.
+
+    The latter are opened at once, so which of them is first is a race of threads: they are sorted.
+    """
+    outlines = [outline(r.to_server if upward else r.to_client) for r in recordings]
+    return [*outlines[:1], *sorted(outlines[1:])]
+
+
+def different_conversations(
+    a: Sequence[Recording], b: Sequence[Recording], *, upward: bool = True
+) -> list[str]:
+    """Whether the online connections of two clients differ in number or in any outline."""
+    first, second = online_outlines(a, upward), online_outlines(b, upward)
+    what = "sent" if upward else "received"
+    if len(first) != len(second):
+        return [f"{what}: over {len(first)} connections against {len(second)}"]
+    findings = []
+    for number, (one, other) in enumerate(zip(first, second, strict=True)):
+        findings += different_outlines(one, other, f"{what}, connection {number}")
+    return findings
+
+
 def exchange_outlines(recordings: Sequence[Recording]) -> list[tuple[Outline, Outline]]:
     """Outlines of every preparation exchange, both directions, sorted.
 
@@ -295,17 +318,14 @@ def changed_resends(recordings: Sequence[Recording]) -> list[str]:
     """Whether a request that was in flight when a connection broke came back changed.
 
     Args:
-        recordings: the connections of one client, in order.
+        recordings: the connections of one client, in order; several may have been open at once.
     """
     findings = []
-    for number, (broken, restored) in enumerate(pairwise(recordings)):
+    begun = [_from_first_linear(bytes(r.to_server)) for r in recordings]
+    for number, broken in enumerate(recordings):
         pending = _pending(broken)
-        if pending is None:
-            continue
-        after = bytes(restored.to_server)
-        start = _first_linear(after)
-        if start is None or not after[start:].startswith(pending):
-            findings.append(f"connection {number + 1} does not repeat what {number} had begun")
+        if pending is not None and not any(b.startswith(pending) for b in begun[number + 1 :]):
+            findings.append(f"no later connection repeats what {number} had begun")
     return findings
 
 
@@ -319,9 +339,30 @@ def masked_requests(recordings: Sequence[Recording]) -> list[Frame]:
     ]
 
 
-def without_repetitions(frames: Sequence[Frame]) -> list[Frame]:
-    """``frames`` without those that equal the one before, header and payload."""
-    return [f for i, f in enumerate(frames) if i == 0 or f != frames[i - 1]]
+def without_resends(recordings: Sequence[Recording]) -> list[Frame]:
+    """The complete masked requests of a client, without those that were sent again after a cut.
+
+    Sent again is the first request of a connection that equals the unanswered last one of an
+    earlier connection, each of which can be repeated once. Anything else that occurs twice stays.
+    """
+    frames: list[Frame] = []
+    unanswered: list[bytes] = []
+    for recording in recordings:
+        requests = masked_requests([recording])
+        begun = _from_first_linear(bytes(recording.to_server))
+        repeated = next((p for p in unanswered if begun.startswith(p)), None)
+        whole = repeated is not None and _is_complete(repeated)
+        if repeated is not None:
+            unanswered.remove(repeated)
+        frames += requests[1:] if whole else requests
+        pending = _pending(recording)
+        if pending is not None:
+            unanswered.append(pending)
+    return frames
+
+
+def _is_complete(frame: bytes) -> bool:
+    return len(Recording.frames(frame)) == 1
 
 
 def _pending(recording: Recording) -> bytes | None:
@@ -338,11 +379,12 @@ def _pending(recording: Recording) -> bytes | None:
     return requests[-1] if len(requests) > len(answers) else None
 
 
-def _first_linear(data: bytes) -> int | None:
+def _from_first_linear(data: bytes) -> bytes:
+    """The bytes from the first masked request on."""
     at = 0
     while at + PREFIX.size <= len(data):
         _, _, message_type, head, payload = PREFIX.unpack_from(data, at)
         if message_type == MessageType.LINEAR:
-            return at
+            return data[at:]
         at += PREFIX.size + head + payload
-    return None
+    return b""

@@ -19,7 +19,7 @@ from traffic_checks import (
     masked_requests,
     not_uniform,
     repeated_blocks,
-    without_repetitions,
+    without_resends,
 )
 
 from otpipe import Client
@@ -30,6 +30,9 @@ from otpipe.protocol.messages import MessageType
 
 SAME_TOKEN = [28] * 300
 OUTLIER_TOKENS = [2, 71, 8, 28, 18, 28, 45, 90, 45, 23, 53, 60, 28]
+STREAMS = 4
+"""Connections of a pass of several rows in these tests, whatever the machine."""
+
 MIN_ROWS = 128
 """Fewer rows of the narrowest map are too few bytes for a chi-square test."""
 
@@ -54,14 +57,20 @@ class Watched:
         return self.client.bundle.spec
 
     @property
-    def online(self) -> Recording:
-        """The client's own connection."""
-        return self.proxy.recordings[0]
+    def online(self) -> list[Recording]:
+        """The client's own connection, first, and those of the passes of many rows."""
+        return [r for r in self.proxy.recordings if not carries_uploads(r)]
 
     @property
     def preparations(self) -> list[Recording]:
         """The connections over which slots were prepared."""
-        return self.proxy.recordings[1:]
+        return [r for r in self.proxy.recordings if carries_uploads(r)]
+
+
+def carries_uploads(recording: Recording) -> bool:
+    """Whether slots were prepared over a connection."""
+    frames = Recording.frames(recording.to_server)
+    return any(frame.type == MessageType.OLE_BEGIN for frame in frames)
 
 
 @contextmanager
@@ -84,7 +93,7 @@ def rows_by_map(frames: Sequence[Frame], spec: ModelSpec) -> dict[int, NDArray[n
 
 def masked_findings(recordings: Sequence[Recording], spec: ModelSpec) -> list[str]:
     """Everything that masked rows may not show: the checks of a client's online traffic."""
-    frames = without_repetitions(masked_requests(recordings))
+    frames = without_resends(recordings)
     by_map = rows_by_map(frames, spec)
     assert len(by_map) == len(spec.maps), "the recording misses a map"
     findings = repeated_blocks([frame.payload for frame in frames], "requests")
@@ -138,12 +147,12 @@ def by_width(found: Sequence[Upload]) -> dict[int, bytes]:
     }
 
 
-def conversation(address: str, store: Path, prompt: list[int], tokens: int) -> list[Recording]:
+def conversation(address: str, store: Path, prompt: list[int], tokens: int) -> Watched:
     with watched(address, store) as seen:
         seen.client.prepare(256)
         seen.client.prepare(128)
         assert len(list(seen.client.generate_ids(prompt, tokens))) == tokens
-        return seen.proxy.recordings
+        return seen
 
 
 def masked_input_bytes(address: str, store: Path, extreme: bool) -> dict[int, bytes]:
@@ -161,7 +170,7 @@ def masked_input_bytes(address: str, store: Path, extreme: bool) -> dict[int, by
                     x[:, 3] = 1e30  # an outlier no real model has
                     x[::2] = -1e6
                 executor.linear(linear_map, x)
-        by_map = rows_by_map(masked_requests([seen.online]), spec)
+        by_map = rows_by_map(masked_requests(seen.online), spec)
     return {index: rows.tobytes() for index, rows in by_map.items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,14 +30,17 @@ from served import (
     upload,
 )
 from servers import LocalServer, local_server
+from torch import Tensor
 
 from otpipe.errors import RankDied
+from otpipe.pipeline.bulk import BULK_BYTES
 from otpipe.pipeline.jobs import JobHeader, Op
 from otpipe.protocol.messages import (
     Linear,
     Welcome,
 )
 from otpipe.protocol.wire import MAGIC, PREFIX, WIRE_VERSION
+from otpipe.server.lanes import Lane
 
 # -- several clients  ------------------------------------------------------------------------------
 
@@ -157,3 +161,34 @@ def test_op_numbers_of_jobs_never_collide_with_answers() -> None:
 
 def test_prefix_is_what_the_helpers_assume() -> None:
     assert PREFIX.unpack(frame(3, {}, b"xy")[: PREFIX.size]) == (MAGIC, WIRE_VERSION, 3, 1, 2)
+
+
+def test_bulk_requests_of_the_own_device_run_side_by_side() -> None:
+    """Both calls are inside the rank at once, or the barrier would break."""
+    both = threading.Barrier(2, timeout=20)
+
+    def call(job: JobHeader, payload: Tensor) -> tuple[JobHeader, Tensor]:
+        both.wait()
+        return JobHeader(Op.DONE, job.map_index, job.rows), payload[: job.rows]
+
+    lane = Lane(0, call, [8], side_by_side=True)
+    payload = torch.zeros(BULK_BYTES, dtype=torch.uint8)
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda rows: lane.linear(0, rows, payload), (3, 5)))
+    assert [len(result) for result in results] == [3, 5]
+
+
+def test_bulk_requests_of_other_ranks_wait_for_each_other() -> None:
+    inside = threading.Semaphore(1)
+
+    def call(job: JobHeader, payload: Tensor) -> tuple[JobHeader, Tensor]:
+        assert inside.acquire(blocking=False), "two calls at once"
+        time.sleep(0.02)
+        inside.release()
+        return JobHeader(Op.DONE, job.map_index, job.rows), payload[: job.rows]
+
+    lane = Lane(1, call, [1])
+    payload = torch.zeros(BULK_BYTES, dtype=torch.uint8)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: lane.linear(0, 1, payload), range(8)))
+    assert [len(result) for result in results] == [1] * 8
