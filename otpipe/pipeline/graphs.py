@@ -1,8 +1,8 @@
 """Masked linear maps on CUDA as one launch each: a recorded graph of copy, product and copy back.
 
 A decode step is hundreds of small products one after the other, and launching their kernels one by
-one takes longer than the GPU needs. So the first use of a map with a number of rows records what
-the GPU is to do between pinned host buffers, and every further use replays it.
+one takes longer than the GPU needs. So what the GPU is to do between pinned host buffers is
+recorded before the first client comes, while no other thread uses the device, and then replayed.
 
 Shapes: T rows, n in_features, m out_features.
 """
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from otpipe.model.spec import LinearMap
 
-MAX_ROWS = 64
-"""More rows than this are worth their launches."""
+RECORDED_ROWS = (1, 2, 4, 8, 16)
+"""Numbers of rows that are recorded; others are padded to the next. Several clients that decode at
+once make a few rows; more than these are worth their launches."""
 
 
 class _Buffers(NamedTuple):
@@ -62,7 +63,7 @@ class GraphedMaps:
         self._stream = torch.cuda.default_stream(device)
 
     def linear(self, map_index: int, rows: int, payload: np.ndarray) -> np.ndarray:
-        """W (x - r) of at most ``MAX_ROWS`` rows.
+        """W (x - r) of a number of rows that is :meth:`recorded`.
 
         Args:
             payload: uint8 (T * n * ring_bytes,).
@@ -71,22 +72,24 @@ class GraphedMaps:
             uint8 (T * m * ring_bytes,), the caller's own.
         """
         padded = 1 << (rows - 1).bit_length()
-        graph = self._graphs.get((map_index, padded))
-        if graph is None:
-            graph = self._record(map_index, padded)
         inputs, outputs = self._buffers[padded]
         inputs.numpy()[: payload.size] = payload
-        graph.replay()
+        self._graphs[map_index, padded].replay()
         self._stream.synchronize()
         linear_map = self._linear_maps[map_index]
         return outputs.numpy()[: rows * linear_map.out_features * linear_map.ring_bytes].copy()
 
-    def record(self, rows: int = 1) -> None:
-        """Record every map for one number of rows, so that no client waits for it."""
-        for index in self._indices:
-            self._record(index, rows)
+    def record(self) -> None:
+        """Record every map for every number of rows. Nobody else may use the device meanwhile."""
+        for rows in RECORDED_ROWS:
+            for index in self._indices:
+                self._record(index, rows)
 
-    def _record(self, map_index: int, rows: int) -> torch.cuda.CUDAGraph:
+    def recorded(self, map_index: int, rows: int) -> bool:
+        """Whether :meth:`linear` can do this."""
+        return (map_index, 1 << (rows - 1).bit_length()) in self._graphs
+
+    def _record(self, map_index: int, rows: int) -> None:
         linear_map = self._linear_maps[map_index]
         if rows not in self._buffers:
             self._buffers[rows] = _Buffers(
@@ -115,4 +118,3 @@ class GraphedMaps:
             finally:
                 graph.capture_end()
         self._graphs[map_index, rows] = graph
-        return graph

@@ -23,7 +23,6 @@ from otpipe.model.bundle import PublicMap
 from otpipe.model.quantize import QuantizedMap
 from otpipe.model.spec import LinearMap
 from otpipe.pipeline.bulk import BULK_BYTES, BulkProducts
-from otpipe.pipeline.graphs import MAX_ROWS as MAX_GRAPH_ROWS
 from otpipe.pipeline.graphs import GraphedMaps
 from otpipe.pipeline.jobs import EMPTY, JobHeader, Op
 from otpipe.protocol.messages import MAX_OLE_BLOCK_BYTES
@@ -107,9 +106,11 @@ class Stage:
         Returns:
             uint8 (rows * m * ring_bytes,), on the CPU or on this rank's device.
         """
-        if self._bulk is not None and payload.numel() >= BULK_BYTES and not payload.is_cuda:
+        if payload.is_cuda:
+            return self._product(map_index, rows, payload)
+        if self._bulk is not None and payload.numel() >= BULK_BYTES:
             return self._bulk.run(partial(self._product, map_index, rows), payload)
-        if self._graphs is not None and rows <= MAX_GRAPH_ROWS and not payload.is_cuda:
+        if self._graphs is not None and self._graphs.recorded(map_index, rows):
             return torch.from_numpy(self._graphs.linear(map_index, rows, payload.numpy()))
         return self._product(map_index, rows, payload.to(self.device, non_blocking=True))
 

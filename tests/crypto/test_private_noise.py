@@ -11,6 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from private_helpers import (
+    INSECURE,
     MAP_INDEX,
     PRIVATE44,
     blocks,
@@ -169,23 +170,17 @@ def test_measured_noise_is_what_was_predicted(monkeypatch: pytest.MonkeyPatch) -
     assert (measured / predicted - 1).abs().max() < 6 * math.sqrt(2 / 8192)
 
 
-@pytest.mark.slow
-def test_widest_map_with_extreme_weights() -> None:
-    """The embedding of a 152064-token vocabulary; two outputs stand for all."""
-    n, m, num_slots = 152064, 2, 512
-    packing = choose_packing(PRIVATE44, n, 10240, num_slots)
-    weight = torch.full((m, n), 127, dtype=torch.int8)
-    weight[1::2] = -128
-    multipliers = torch.full((m,), 127)
-    secret, a_key, masks = (
-        BatchSecret.generate(PRIVATE44),
-        os.urandom(32),
-        fresh_masks(m, PRIVATE44),
-    )
+def exact_with_extreme_weights(packing: PrivatePacking, n: int) -> bool:
+    """Whether rows of n weights 127 and -128, with multipliers 127, give exact results."""
+    params, num_slots = packing.params, packing.num_slots
+    weight = torch.full((2, n), 127, dtype=torch.int8)
+    weight[1] = -128
+    multipliers = torch.full((2,), 127)
+    secret, a_key, masks = BatchSecret.generate(params), os.urandom(32), fresh_masks(2, params)
     evaluator = PrivateEvaluator(weight, multipliers, packing, MAP_INDEX, a_key, masks)
     evaluator.add_block(0, torch.from_numpy(encrypt_key(secret, a_key, MAP_INDEX)))
     total = np.zeros(num_slots, np.uint64)
-    number, step = 1, 64 * packing.inputs
+    number, step = 1, (1 << 19) // params.ring_degree * packing.inputs
     for first in range(0, n, step):
         r_Tn = random_pads(num_slots, min(step, n - first))
         total += r_Tn.sum(1, dtype=np.uint64)
@@ -195,5 +190,16 @@ def test_widest_map_with_extreme_weights() -> None:
     answers = torch.cat([piece for _, piece in evaluator.answers(1 << 24)]).numpy()
     factors = (weight[:, 0].long() * multipliers).numpy().astype(np.uint64)
     want = factors[:, None] * total - masks.rows(0, num_slots).T.astype(np.uint64)
-    got = decrypt_block(secret, packing, answers, m)
-    assert np.array_equal(got, want & np.uint64((1 << 44) - 1))
+    got = decrypt_block(secret, packing, answers, 2)
+    return np.array_equal(got, want & np.uint64((1 << 44) - 1))
+
+
+@pytest.mark.slow
+def test_widest_layer_at_full_size() -> None:
+    """``down`` of a 72B model; two outputs stand for all."""
+    assert exact_with_extreme_weights(choose_packing(PRIVATE44, 29568, 8192, 1024), 29568)
+
+
+def test_rows_of_a_whole_vocabulary() -> None:
+    """The embedding, longer than int32 sums allow at once, in the small ring."""
+    assert exact_with_extreme_weights(PrivatePacking(INSECURE, 16, 4), 152064)
