@@ -9,9 +9,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,8 +22,10 @@ from otpipe.model.checkpoint import Checkpoint
 from otpipe.pipeline.placement import Placement
 from otpipe.pipeline.stage import Stage
 from otpipe.protocol.messages import max_linear_rows
+from otpipe.protocol.wire import FrameConnection
 from otpipe.server.gateway import Gateway, ListenOptions
 from otpipe.server.lanes import Lane
+from otpipe.server.row_server import RowServer
 from otpipe.server.service import Audit, Service
 
 SAMPLE = Path(__file__).parent.parent / "otpipe" / "sample"
@@ -43,7 +46,11 @@ class LocalServer:
 
 @contextmanager
 def local_server(
-    model_dir: Path, world_size: int = 1, audit: Audit | None = None, **options: object
+    model_dir: Path,
+    world_size: int = 1,
+    audit: Audit | None = None,
+    new_row_server: Callable[[list[Stage], FrameConnection], RowServer] | None = None,
+    **options: object,
 ) -> Iterator[LocalServer]:
     """Serve ``model_dir`` from this process with ``world_size`` stages."""
     checkpoint = Checkpoint.open(model_dir)
@@ -65,7 +72,9 @@ def local_server(
         read_public_files(model_dir),
     )
     listen = ListenOptions(port=0, **options)  # type: ignore[arg-type]
-    gateway = Gateway(Service(bundle, placement, lanes, audit), listen)
+    row_server = None if new_row_server is None else partial(new_row_server, stages)
+    service = Service(bundle, placement, lanes, audit, new_row_server=row_server)
+    gateway = Gateway(service, listen)
     gateway.start()
     try:
         yield LocalServer(gateway, bundle, stages)

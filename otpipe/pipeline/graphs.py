@@ -4,23 +4,58 @@ A decode step is hundreds of small products one after the other, and launching t
 one takes longer than the GPU needs. So what the GPU is to do between pinned host buffers is
 recorded before the first client comes, while no other thread uses the device, and then replayed.
 
+Single rows, which are most of what a server is asked for, are also recorded on a few lines of their
+own, each with its stream and its buffers, so that several connections are served at once without
+Python: ``otpipe.server.row_server`` launches them by the addresses given here.
+
 Shapes: T rows, n in_features, m out_features.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from otpipe.errors import OtpipeError
+from otpipe.kernels.native_io import address_of, new_mutex
 from otpipe.model.spec import LinearMap
 
 RECORDED_ROWS = (1, 2, 4, 8, 16)
 """Numbers of rows that are recorded; others are padded to the next. Several clients that decode at
 once make a few rows; more than these are worth their launches."""
+
+
+NUM_LINES = 8
+"""Single rows that may be under way at once: copying in, multiplying, copying out, and waiting for
+the processor; the memory of the GPU is busy with fewer."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowLine:
+    """What a kernel needs to replay products of single rows. One at a time: hold ``mutex``.
+
+    Attributes:
+        launch, wait: addresses of C functions: ``launch(launches[map], stream)`` starts a product,
+            ``wait(stream)`` returns when ``outputs`` holds the result. Both return 0 on success.
+        launches: int64, one for each map of the model; 0 where this rank does not hold it.
+        stream: second argument of ``launch``.
+        inputs, outputs: uint8, the payload of request and answer.
+        mutex: for ``native_io``.
+    """
+
+    launch: int
+    wait: int
+    launches: np.ndarray
+    stream: int
+    inputs: np.ndarray
+    outputs: np.ndarray
+    mutex: np.ndarray
 
 
 class _Buffers(NamedTuple):
@@ -61,6 +96,8 @@ class GraphedMaps:
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.default_stream(device)
+        self._kept: list[object] = []  # what the lines' addresses point into
+        self.lines: list[RowLine] = []
 
     def linear(self, map_index: int, rows: int, payload: np.ndarray) -> np.ndarray:
         """W (x - r) of a number of rows that is :meth:`recorded`.
@@ -82,39 +119,85 @@ class GraphedMaps:
     def record(self) -> None:
         """Record every map for every number of rows. Nobody else may use the device meanwhile."""
         for rows in RECORDED_ROWS:
+            self._buffers[rows] = self._new_buffers(rows)
             for index in self._indices:
-                self._record(index, rows)
+                graph = self._record(index, rows, self._buffers[rows], keep_graph=False)
+                self._graphs[index, rows] = graph
+        self.lines = [self._new_line() for _ in range(NUM_LINES)]
 
     def recorded(self, map_index: int, rows: int) -> bool:
         """Whether :meth:`linear` can do this."""
         return (map_index, 1 << (rows - 1).bit_length()) in self._graphs
 
-    def _record(self, map_index: int, rows: int) -> None:
-        linear_map = self._linear_maps[map_index]
-        if rows not in self._buffers:
-            self._buffers[rows] = _Buffers(
-                *(
-                    torch.zeros(rows * row_bytes, dtype=torch.uint8, pin_memory=True)
-                    for row_bytes in self._row_bytes
-                )
+    def _new_buffers(self, rows: int) -> _Buffers:
+        return _Buffers(
+            *(
+                torch.zeros(rows * row_bytes, dtype=torch.uint8, pin_memory=True)
+                for row_bytes in self._row_bytes
             )
-        inputs, outputs = self._buffers[rows]
-        inputs = inputs[: rows * linear_map.in_features * linear_map.ring_bytes]
-        outputs = outputs[: rows * linear_map.out_features * linear_map.ring_bytes]
+        )
+
+    def _new_line(self) -> RowLine:
+        driver = _driver()
+        buffers, stream = self._new_buffers(1), torch.cuda.Stream(self._device)
+        # The lines run at once, so that each needs temporary memory of its own.
+        self._pool = torch.cuda.graph_pool_handle()
+        launches = np.zeros(len(self._linear_maps), np.int64)
+        for index in self._indices:
+            graph = self._record(index, 1, buffers, keep_graph=True)
+            launches[index] = _instantiated(driver, graph)
+            self._kept.append(graph)
+        self._kept.append(stream)
+        return RowLine(
+            address_of(driver.cuGraphLaunch),
+            address_of(driver.cuStreamSynchronize),
+            launches,
+            stream.cuda_stream,
+            buffers.inputs.numpy(),
+            buffers.outputs.numpy(),
+            new_mutex(),
+        )
+
+    def _record(
+        self, map_index: int, rows: int, buffers: _Buffers, *, keep_graph: bool
+    ) -> torch.cuda.CUDAGraph:
+        linear_map = self._linear_maps[map_index]
+        inputs = buffers.inputs[: rows * linear_map.in_features * linear_map.ring_bytes]
+        outputs = buffers.outputs[: rows * linear_map.out_features * linear_map.ring_bytes]
 
         def work() -> None:
             on_device = inputs.to(self._device, non_blocking=True)
             outputs.copy_(self._product(map_index, rows, on_device), non_blocking=True)
 
         work()  # compiles what is not yet compiled, which cannot be done while recording
-        graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph(keep_graph=keep_graph)
         stream = torch.cuda.Stream(self._device)
         torch.cuda.synchronize(self._device)
         with torch.cuda.stream(stream):
-            # All graphs take their temporary memory from one pool: none needs it after its replay.
+            # All graphs of a line take their temporary memory from one pool: none needs it after
+            # its replay.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 work()
             finally:
                 graph.capture_end()
-        self._graphs[map_index, rows] = graph
+        return graph
+
+
+def _driver() -> ctypes.CDLL:
+    """The CUDA driver's library, which torch has loaded already."""
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _instantiated(driver: ctypes.CDLL, graph: torch.cuda.CUDAGraph) -> int:
+    """Handle of a recorded graph that can be launched; it lives as long as the process."""
+    handle = ctypes.c_void_p()
+    result = driver.cuGraphInstantiateWithFlags(
+        ctypes.byref(handle), ctypes.c_void_p(graph.raw_cuda_graph()), ctypes.c_ulonglong(0)
+    )
+    if result != 0 or not handle.value:
+        raise OtpipeError(
+            f"the CUDA driver could not prepare a recorded product (error {result}); use another "
+            "driver, or --device cpu"
+        )
+    return handle.value

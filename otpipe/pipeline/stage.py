@@ -7,7 +7,7 @@ Shapes: T rows, n in_features, m out_features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -23,7 +23,7 @@ from otpipe.model.bundle import PublicMap
 from otpipe.model.quantize import QuantizedMap
 from otpipe.model.spec import LinearMap
 from otpipe.pipeline.bulk import BULK_BYTES, BulkProducts
-from otpipe.pipeline.graphs import GraphedMaps
+from otpipe.pipeline.graphs import GraphedMaps, RowLine
 from otpipe.pipeline.jobs import EMPTY, JobHeader, Op
 from otpipe.protocol.messages import MAX_OLE_BLOCK_BYTES
 
@@ -61,6 +61,11 @@ class Stage:
         """Bytes of int8 weights that this rank holds; storage shared by two maps counts once."""
         storages = {m.weight.untyped_storage().data_ptr(): m.weight for m in self._maps.values()}
         return sum(w.untyped_storage().nbytes() for w in storages.values())
+
+    @property
+    def row_lines(self) -> Sequence[RowLine]:
+        """What serves single rows without Python, after :meth:`warm_up`; none on a CPU."""
+        return () if self._graphs is None else self._graphs.lines
 
     def handle(self, job: JobHeader, payload: Tensor) -> tuple[JobHeader, Tensor]:
         """Do one job. Errors come back as a FAILED answer whose payload is the sentence.

@@ -18,6 +18,7 @@ memory for the payload.
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import socket
 import ssl
@@ -85,6 +86,8 @@ class FrameConnection:
     Any error leaves the connection unusable: close it.
     """
 
+    _descriptor = -1  # of this object alone, see descriptor()
+
     def __init__(self, sock: socket.socket, *, stall_timeout_s: float = 10.0) -> None:
         with contextlib.suppress(OSError):  # not a TCP socket (a socketpair in a test)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -96,6 +99,36 @@ class FrameConnection:
         self._end = 0
         self.traffic = Traffic()
         sock.settimeout(stall_timeout_s)
+
+    # -- for compiled code -----------------------------------------------------------------------
+
+    @property
+    def descriptor(self) -> int:
+        """A descriptor of the socket, non-blocking, for code that reads and writes frames itself.
+
+        It stays this connection's own until nobody holds the connection any more, also when it has
+        been closed meanwhile: a number that the system gave to another socket would be a disaster.
+        -1 where there are no plain bytes to be had: under TLS, and after the end.
+        """
+        if self._descriptor < 0 and not isinstance(self._sock, ssl.SSLSocket):
+            with contextlib.suppress(OSError):
+                self._descriptor = os.dup(self._sock.fileno())
+        return self._descriptor
+
+    def __del__(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether bytes have arrived that no frame has been made of yet."""
+        return self._begin != self._end
+
+    def unread(self, octets: np.ndarray) -> None:
+        """Put back uint8 ``octets``, the beginning of a frame; the next receive begins there."""
+        assert not self.has_unread, "bytes would change their order"
+        self._view[: octets.size] = memoryview(octets)  # type: ignore[arg-type]
+        self._begin, self._end = 0, octets.size
 
     # -- sending ---------------------------------------------------------------------------------
 

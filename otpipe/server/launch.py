@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import msgpack
 import torch
@@ -18,14 +21,17 @@ from torch import Tensor
 from otpipe.errors import RankDied, UsageError
 from otpipe.model.bundle import ModelBundle, PublicMap, read_public_files
 from otpipe.model.checkpoint import Checkpoint
+from otpipe.pipeline.graphs import RowLine
 from otpipe.pipeline.jobs import EMPTY, JobHeader, Op
 from otpipe.pipeline.liveness import LivenessMonitor
 from otpipe.pipeline.placement import GATEWAY_RANK, Placement
 from otpipe.pipeline.stage import Stage
 from otpipe.pipeline.transport import Transport, TransportKind, choose_transport
 from otpipe.protocol.messages import max_linear_rows
+from otpipe.protocol.wire import FrameConnection
 from otpipe.server.gateway import Gateway, Listener, ListenOptions
 from otpipe.server.lanes import Lane, RankCall
+from otpipe.server.row_server import RowServer
 from otpipe.server.service import Audit, Service
 from otpipe.server.shutdown import EXIT_RANK_DIED, Shutdown
 
@@ -162,7 +168,7 @@ def serve_rank(plan: RankPlan, shutdown: Shutdown) -> None:
         else Lane(peer, _remote(transport, peer, device, shutdown), max_rows)
         for peer in range(options.world_size)
     ]
-    _open_gateway(plan, plan.listener, lanes, shutdown)
+    _open_gateway(plan, plan.listener, lanes, stage.row_lines, shutdown)
 
 
 def _join(plan: RankPlan) -> Transport:
@@ -178,7 +184,11 @@ def _join(plan: RankPlan) -> Transport:
 
 
 def _open_gateway(
-    plan: RankPlan, listener: Listener, lanes: list[Lane], shutdown: Shutdown
+    plan: RankPlan,
+    listener: Listener,
+    lanes: list[Lane],
+    row_lines: Sequence[RowLine],
+    shutdown: Shutdown,
 ) -> None:
     audit = Audit() if plan.options.audit else None
     service = Service(
@@ -187,6 +197,7 @@ def _open_gateway(
         lanes,
         audit,
         pinned=plan.device.type == "cuda",
+        new_row_server=_row_servers(plan, row_lines, shutdown) if row_lines else None,
     )
     gateway = Gateway(service, plan.options.listen, listener)
     if audit is not None:
@@ -194,6 +205,28 @@ def _open_gateway(
     shutdown.at_end(gateway.close)
     gateway.start()
     print(f"otpipe: ready on {gateway.address}", flush=True)
+
+
+def _row_servers(
+    plan: RankPlan, row_lines: Sequence[RowLine], shutdown: Shutdown
+) -> Callable[[FrameConnection], RowServer]:
+    """How connections get what serves their single rows; lines are taken in turn."""
+    turn = itertools.cycle(row_lines)
+
+    def failed(code: int) -> NoReturn:
+        raise _device_died(plan.options.rank, plan.device, f"driver error {code}", shutdown)
+
+    def new(connection: FrameConnection) -> RowServer:
+        _make_current(plan.device)
+        return RowServer(
+            connection,
+            plan.checkpoint.spec.maps,
+            next(turn),
+            failed,
+            plan.options.listen.stall_timeout_s,
+        )
+
+    return new
 
 
 def _assemble_bundle(checkpoint: Checkpoint, lanes: list[Lane]) -> ModelBundle:
@@ -234,9 +267,7 @@ def _survivable(handle: RankCall, rank: int, device: torch.device, shutdown: Shu
             return handle(job, payload)
         except torch.AcceleratorError as error:
             first_line = str(error).partition("\n")[0]
-            sentence = f"rank {rank} died: {device} failed ({first_line}); start the server again"
-            shutdown.ask(EXIT_RANK_DIED, sentence)
-            raise RankDied(sentence) from error
+            raise _device_died(rank, device, first_line, shutdown) from error
         except Exception as error:
             log.exception("rank %d could not do job %s", rank, job)
             text = f"rank {rank} failed on {error!r}; the server's log says more"
@@ -245,6 +276,13 @@ def _survivable(handle: RankCall, rank: int, device: torch.device, shutdown: Shu
             )
 
     return run
+
+
+def _device_died(rank: int, device: torch.device, why: str, shutdown: Shutdown) -> RankDied:
+    """Ends the server; the error is for whoever waits for an answer."""
+    sentence = f"rank {rank} died: {device} failed ({why}); start the server again"
+    shutdown.ask(EXIT_RANK_DIED, sentence)
+    return RankDied(sentence)
 
 
 _current = threading.local()

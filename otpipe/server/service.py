@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections.abc import Callable
 
 import numpy as np
 
@@ -13,7 +14,9 @@ from otpipe.model.spec import ModelSpec
 from otpipe.pipeline.bulk import BULK_BYTES, pinned_buffer
 from otpipe.pipeline.placement import Placement
 from otpipe.protocol.messages import Welcome
+from otpipe.protocol.wire import FrameConnection
 from otpipe.server.lanes import Lane
+from otpipe.server.row_server import RowServer
 
 
 class Audit:
@@ -58,6 +61,7 @@ class Service:
         lanes: one per rank, in rank order.
         audit: collects what clients send, or None.
         pinned: whether payloads go on to a CUDA device.
+        new_row_server: serves single rows of a connection, where the device is made for that.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class Service:
         lanes: list[Lane],
         audit: Audit | None = None,
         pinned: bool = False,
+        new_row_server: Callable[[FrameConnection], RowServer] | None = None,
     ) -> None:
         self.spec: ModelSpec = bundle.spec
         self.bundle = bundle.to_bytes()
@@ -83,6 +88,13 @@ class Service:
         self._max_row_l2 = [bundle.maps[m.index].max_row_l2 for m in bundle.spec.maps]
         self._audit = audit
         self._pinned = pinned
+        self._new_row_server = new_row_server
+
+    def row_server(self, connection: FrameConnection) -> RowServer | None:
+        """What serves the connection's single rows; None: the session itself."""
+        if self._new_row_server is None or self._audit is not None or connection.descriptor < 0:
+            return None
+        return self._new_row_server(connection)
 
     def new_buffer(self, num_bytes: int) -> np.ndarray:
         """uint8 (num_bytes,) for the payload of a masked request."""

@@ -37,6 +37,7 @@ from otpipe.protocol.messages import (
 )
 from otpipe.protocol.wire import MIN_BYTES_PER_S, FrameConnection, Header, IdlePeer
 from otpipe.server.lanes import Lane
+from otpipe.server.row_server import RowServer
 from otpipe.server.service import Service
 
 log = logging.getLogger("otpipe.server")
@@ -87,12 +88,16 @@ class ClientSession:
         self._idle_timeout_s = idle_timeout_s
         self._ole: _OleState | None = None
         self._greeted = False
+        self._single_rows = False  # what came last
+        self._row_server: RowServer | None = None
         self._waiting_since_s = 0.0
 
     def run(self) -> None:
         """Answer requests until the client leaves or breaks the protocol."""
         try:
             while True:
+                if self._single_rows:
+                    self._serve_single_rows()
                 self._waiting_since_s = time.monotonic()
                 message_type, header, announced = self._connection.receive_head(self._patience_s())
                 self._dispatch(message_type, header, announced)
@@ -116,6 +121,13 @@ class ClientSession:
         finally:
             self._drop_ole()
 
+    def _serve_single_rows(self) -> None:
+        """The next frames without Python, until something else comes."""
+        if self._row_server is None:
+            self._row_server = self._service.row_server(self._connection)
+        if self._row_server is not None and not self._connection.has_unread:
+            self._row_server.run(self._idle_timeout_s)
+
     def _patience_s(self) -> float | None:
         """How long to wait for the next frame; None is the short stall timeout.
 
@@ -136,6 +148,7 @@ class ClientSession:
             log.info("the refused client was already gone")
 
     def _dispatch(self, message_type: int, header: Header, announced: int) -> None:
+        self._single_rows = False
         if not self._greeted and message_type != MessageType.HELLO:
             raise ProtocolError(
                 f"the first message has type {message_type}; a client begins with HELLO"
@@ -196,6 +209,7 @@ class ClientSession:
         answer = memoryview(result.numpy())  # type: ignore[arg-type]
         head = message_head(Result(linear_map.index, request.rows), len(answer))
         self._connection.send_frame(head, answer)
+        self._single_rows = request.rows == 1
 
     def _ole_begin(self, request: OleBegin, announced: int) -> None:
         self._no_payload(announced)
