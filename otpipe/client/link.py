@@ -181,6 +181,7 @@ class ServerLink:
         answer_type: MessageType,
         answer_bytes: Callable[[Header], int],
         meanwhile: Callable[[], None] | None = None,
+        sent_on: FrameConnection | None = None,
     ) -> None:
         """As :meth:`request`, for frames that are laid out already, without copies.
 
@@ -190,7 +191,13 @@ class ServerLink:
             answer_head: the head that the answer will have.
             answer: filled with head and payload of the answer.
             answer_type, answer_bytes, meanwhile: as for :meth:`request`.
+            sent_on: a connection of :meth:`plain_connection` over which the caller has sent the
+                request: while that is open, only the answer is waited for.
         """
+
+        def send(connection: FrameConnection) -> None:
+            if connection is not sent_on:
+                connection.send_frame(frame)
 
         def receive() -> None:
             connection = self._connection
@@ -201,7 +208,20 @@ class ServerLink:
                 payload = self.receive(answer_type, answer_bytes)
                 answer[len(answer_head) :] = memoryview(payload)  # type: ignore[arg-type]
 
-        self._until_answered(lambda connection: connection.send_frame(frame), receive, meanwhile)
+        self._until_answered(send, receive, meanwhile)
+
+    def plain_connection(self) -> FrameConnection | None:
+        """The connection, for code that reads and writes frames itself; None under TLS.
+
+        What such code has asked and been answered it counts in ``round_trips`` and in the
+        connection's traffic. Raises as :meth:`request`.
+        """
+        connection = self._live()
+        return None if connection.descriptor < 0 or connection.has_unread else connection
+
+    def drop(self) -> None:
+        """Leave the connection, on which an answer may be under way that nobody is to take."""
+        self._drop()
 
     def _until_answered(
         self,

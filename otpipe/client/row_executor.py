@@ -17,22 +17,27 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from otpipe.client.link import ServerLink
+from otpipe.client.link import ANSWER_TIMEOUT_S, ServerLink
+from otpipe.client.row_exchange import FOREIGN, receive_opened, send_masked
 from otpipe.client.store import PadStore
 from otpipe.client.store_lease import SlotLease
 from otpipe.errors import OtpipeError, ProtocolError
 from otpipe.kernels.activations import mask_rows, open_rows, rms_norm_rows
 from otpipe.kernels.cpu import parallel_for
+from otpipe.kernels.native_io import DONE, INTERRUPTED, TIMED_OUT, send_all, system_functions
 from otpipe.kernels.row_ops import attend_row, swiglu_row
 from otpipe.model.bundle import ModelBundle
 from otpipe.model.clear_ops import KVCache, RopeTables
 from otpipe.model.spec import LinearMap
 from otpipe.protocol.fixed_point import NO_BIAS, NOT_FINITE, PEAK_LIMIT, output_headroom
 from otpipe.protocol.messages import Linear, MessageType, Result, message_head
-from otpipe.protocol.wire import Header
+from otpipe.protocol.wire import STALL_TIMEOUT_S, FrameConnection, Header
 
 _ATTENTION_GRAIN = 1 << 21
 """Products of one attention worth a thread: waking it takes as long."""
+
+_ANSWER_MS = int(1000 * ANSWER_TIMEOUT_S)
+_STALL_MS = int(1000 * STALL_TIMEOUT_S)
 
 _HEAD_ROOM = 64
 """Bytes before a payload, so that the head fits and the payload is aligned."""
@@ -43,12 +48,41 @@ class _Map:
     """What one map's exchange needs, looked up once."""
 
     linear_map: LinearMap
-    request_head: bytes
-    answer_head: bytes
+    request_head: np.ndarray
+    request: np.ndarray  # uint8, the whole frame
+    masked_n: np.ndarray  # its payload
+    answer_head: np.ndarray
+    answer: np.ndarray
+    answer_m: np.ndarray
     max_row_l2: float
     headroom: float
     scale_m: np.ndarray
     bias_m: np.ndarray
+
+
+def _prepared(
+    bundle: ModelBundle, linear_map: LinearMap, request: np.ndarray, answer: np.ndarray
+) -> _Map:
+    """Frames of a map in memory that all maps share: one exchange at a time."""
+    public = bundle.maps[linear_map.index]
+    index, ring_bytes = linear_map.index, linear_map.ring_bytes
+    in_bytes, out_bytes = linear_map.in_features * ring_bytes, linear_map.out_features * ring_bytes
+    request_head = message_head(Linear(index, 1), in_bytes)
+    answer_head = message_head(Result(index, 1), out_bytes)
+    words = np.dtype(f"<u{ring_bytes}")
+    return _Map(
+        linear_map,
+        np.frombuffer(request_head, np.uint8),
+        request[_HEAD_ROOM - len(request_head) : _HEAD_ROOM + in_bytes],
+        request[_HEAD_ROOM : _HEAD_ROOM + in_bytes].view(words),
+        np.frombuffer(answer_head, np.uint8),
+        answer[_HEAD_ROOM - len(answer_head) : _HEAD_ROOM + out_bytes],
+        answer[_HEAD_ROOM : _HEAD_ROOM + out_bytes].view(words),
+        public.max_row_l2,
+        0.0 if ring_bytes == 1 else output_headroom(public.max_row_l1),
+        public.scale.numpy(),
+        NO_BIAS if public.bias is None else public.bias.numpy(),
+    )
 
 
 class RowExecutor:
@@ -69,26 +103,13 @@ class RowExecutor:
         self._embedding_scale = bundle.maps[self.spec.map("embed").index].scale.numpy()
         self._norms = {name: bundle.norms[name].numpy() for name in self.spec.norm_names}
         self._rope = RopeTables(self.spec.rope, self.spec.head_dim)
-        self._maps = [self._prepared(bundle, linear_map) for linear_map in self.spec.maps]
-        self._request = _buffer(max(m.in_features * m.ring_bytes for m in self.spec.maps))
-        self._answer = _buffer(max(m.out_features * m.ring_bytes for m in self.spec.maps))
+        request = _buffer(max(m.in_features * m.ring_bytes for m in self.spec.maps))
+        answer = _buffer(max(m.out_features * m.ring_bytes for m in self.spec.maps))
+        self._maps = [_prepared(bundle, m, request, answer) for m in self.spec.maps]
         self._lease: SlotLease | None = None
         self._next_mask: tuple[int, np.ndarray] | None = None
         self._correction = np.empty(0, np.uint32)
-
-    @staticmethod
-    def _prepared(bundle: ModelBundle, linear_map: LinearMap) -> _Map:
-        public = bundle.maps[linear_map.index]
-        index, ring_bytes = linear_map.index, linear_map.ring_bytes
-        return _Map(
-            linear_map,
-            message_head(Linear(index, 1), linear_map.in_features * ring_bytes),
-            message_head(Result(index, 1), linear_map.out_features * ring_bytes),
-            public.max_row_l2,
-            0.0 if linear_map.ring_bits == 8 else output_headroom(public.max_row_l1),
-            public.scale.numpy(),
-            NO_BIAS if public.bias is None else public.bias.numpy(),
-        )
+        self._correction_of = -1
 
     def new_cache(self) -> KVCache:
         """An empty cache."""
@@ -99,37 +120,123 @@ class RowExecutor:
         if len(token_ids) != 1:
             raise ValueError(f"{len(token_ids)} tokens for an executor of single rows")
         token = token_ids[0]
-        linear_map = self.spec.map("embed")
+        prepared = self._maps[self.spec.map("embed").index]
         if self._lease is not None:
             self._lease.close()
-        self._next_mask = None
+        self._next_mask, self._correction_of = None, -1
         self._lease = self._store.draw(1)
         self.slots_used += 1
-        masked_n = self._request[_HEAD_ROOM:][: linear_map.in_features]
-        np.negative(self._mask(linear_map.index)[0], out=masked_n)  # 0 - r mod 2^8
+        masked_n = prepared.masked_n
+        np.negative(self._mask(prepared.linear_map.index)[0], out=masked_n)  # 0 - r mod 2^8
         masked_n[token : token + 1] += 1  # 1 - r at the token; as an array, so that it wraps
-        answer_m = self._exchange(linear_map.index)
-        row_m = np.add(answer_m, self._correction[0]).view(np.int8)
+        self._exchange(prepared)
+        row_m = np.add(prepared.answer_m, self._correction[0]).view(np.int8)
         return np.multiply(row_m, self._embedding_scale[token], dtype=np.float32)[None]
 
     def linear(self, linear_map: LinearMap, x: np.ndarray) -> np.ndarray:
         """W x + bias."""
-        prepared = self._maps[linear_map.index]
-        masked = self._request[_HEAD_ROOM:][: 4 * linear_map.in_features].view(np.uint32)
-        _, unit = mask_rows(
-            x,
-            self._mask(linear_map.index),
-            prepared.max_row_l2,
-            prepared.headroom,
-            PEAK_LIMIT,
-            masked[None],
-        )
-        if not math.isfinite(unit[0]):
-            raise OtpipeError(NOT_FINITE)
-        answer_m = self._exchange(linear_map.index).view(np.uint32)
+        prepared, pad = self._maps[linear_map.index], self._mask(linear_map.index)
         out = np.empty((1, linear_map.out_features), np.float32)
-        open_rows(answer_m[None], self._correction, unit, prepared.scale_m, prepared.bias_m, out)
+        connection = self._link.plain_connection()
+        if connection is not None:
+            unit, answered = self._exchange_directly(connection, prepared, x, pad, out)
+            if answered:
+                return out
+        else:
+            unit = mask_rows(
+                x,
+                pad,
+                prepared.max_row_l2,
+                prepared.headroom,
+                PEAK_LIMIT,
+                prepared.masked_n[None],
+            )[1][0]
+            if not math.isfinite(unit):
+                raise OtpipeError(NOT_FINITE)
+        self._exchange(prepared, sent_on=connection)
+        open_rows(
+            prepared.answer_m[None],
+            self._correction,
+            np.array([unit]),
+            prepared.scale_m,
+            prepared.bias_m,
+            out,
+        )
         return out
+
+    def _exchange_directly(
+        self,
+        connection: FrameConnection,
+        prepared: _Map,
+        x: np.ndarray,
+        pad: np.ndarray,
+        out: np.ndarray,
+    ) -> tuple[float, bool]:
+        """Mask, send, receive and open in compiled code; returns the unit, and whether it did.
+
+        Where the peer did anything but answer, the request is in place for :meth:`_exchange`, and
+        the connection holds what came, or is closed because a part of the answer is lost.
+        """
+        fd, functions = connection.descriptor, system_functions()
+        filled = 0
+        try:
+            status, sent, unit = send_masked(
+                functions,
+                fd,
+                prepared.request_head,
+                prepared.request,
+                prepared.masked_n,
+                x[0],
+                pad[0],
+                prepared.max_row_l2,
+                prepared.headroom,
+                PEAK_LIMIT,
+                _STALL_MS,
+            )
+            if not math.isfinite(unit):
+                raise OtpipeError(NOT_FINITE)
+            while status == INTERRUPTED:  # by a signal, whose handler has run by now
+                status, sent = send_all(
+                    functions, fd, prepared.request, sent, prepared.request.size, _STALL_MS
+                )
+            if status != DONE:
+                connection.close()
+                return unit, False
+            self._read_ahead(prepared.linear_map.index)
+            status = INTERRUPTED
+            while status == INTERRUPTED:
+                status, filled = receive_opened(
+                    functions,
+                    fd,
+                    prepared.answer,
+                    filled,
+                    prepared.answer_head,
+                    prepared.answer_m,
+                    self._correction[0],
+                    unit,
+                    prepared.scale_m,
+                    prepared.bias_m,
+                    out[0],
+                    _ANSWER_MS,
+                    _STALL_MS,
+                )
+        except BaseException:
+            self._link.drop()  # an answer may be under way, which no later request may take
+            raise
+        if status == FOREIGN:
+            connection.unread(prepared.answer[:filled])
+            return unit, False
+        if status != DONE:
+            if filled or status == TIMED_OUT:
+                connection.close()
+            return unit, False
+        traffic = connection.traffic
+        traffic.frames_sent += 1
+        traffic.frames_received += 1
+        traffic.bytes_sent += sent
+        traffic.bytes_received += filled
+        self._link.round_trips += 1
+        return unit, True
 
     def rms_norm(self, x: np.ndarray, norm_name: str) -> np.ndarray:
         """See :class:`otpipe.model.program.Executor`."""
@@ -176,24 +283,24 @@ class RowExecutor:
             return taken[1]
         return lease.masks(index)
 
-    def _exchange(self, index: int) -> np.ndarray:
-        """Send the masked row that is in place; returns the answer, uint8 (bytes,).
-
-        It is valid until the next exchange, as is the correction (1, m) read meanwhile.
-        """
-        lease, prepared = self._lease, self._maps[index]
+    def _read_ahead(self, index: int) -> None:
+        """While the server works: the correction of this map and the pad of the next."""
+        lease = self._lease
         assert lease is not None, "embed() begins a pass"
-        linear_map = prepared.linear_map
-        head, answer_head = prepared.request_head, prepared.answer_head
-        request = _frame(self._request, len(head), linear_map.in_features * linear_map.ring_bytes)
-        request[: len(head)] = head
-        answer_bytes = linear_map.out_features * linear_map.ring_bytes
-        answer = _frame(self._answer, len(answer_head), answer_bytes)
-
-        def meanwhile() -> None:
+        if self._correction_of != index:
             self._correction = lease.corrections(index)
+            self._correction_of = index
             if index + 1 < len(self._maps):
                 self._next_mask = (index + 1, lease.masks(index + 1))
+
+    def _exchange(self, prepared: _Map, sent_on: FrameConnection | None = None) -> None:
+        """Send the masked row that is in place, and receive the answer into its place.
+
+        It is valid until the next exchange, as is the correction (1, m) read meanwhile.
+        ``sent_on`` as of :meth:`ServerLink.exchange`.
+        """
+        index = prepared.linear_map.index
+        prepared.request[: prepared.request_head.size] = prepared.request_head
 
         def due(header: Header) -> int:
             result = Result.parse(header)
@@ -202,17 +309,18 @@ class RowExecutor:
                     f"the server answered map {result.map_index}, {result.rows} rows; due was "
                     f"map {index}, one row"
                 )
-            return answer_bytes
+            return prepared.answer_m.nbytes
 
-        self._link.exchange(request, answer_head, answer, MessageType.RESULT, due, meanwhile)
-        return self._answer[_HEAD_ROOM : _HEAD_ROOM + answer_bytes]
+        self._link.exchange(
+            memoryview(prepared.request),  # type: ignore[arg-type]
+            prepared.answer_head.tobytes(),
+            memoryview(prepared.answer),  # type: ignore[arg-type]
+            MessageType.RESULT,
+            due,
+            lambda: self._read_ahead(index),
+            sent_on,
+        )
 
 
 def _buffer(payload_bytes: int) -> np.ndarray:
     return np.empty(_HEAD_ROOM + payload_bytes, np.uint8)
-
-
-def _frame(buffer: np.ndarray, head_bytes: int, payload_bytes: int) -> memoryview:
-    """The part of ``buffer`` that is one frame."""
-    whole = memoryview(buffer)  # type: ignore[arg-type]
-    return whole[_HEAD_ROOM - head_bytes : _HEAD_ROOM + payload_bytes]

@@ -103,6 +103,23 @@ def _row_bound(x: Array, max_row_l2: float) -> tuple[float, float]:
 
 
 @kernel
+def mask_row(
+    x: Array, mask: Array, max_row_l2: float, headroom: float, peak_limit: float, out: Array
+) -> float:
+    """:func:`mask_rows` of one row (n,), inside compiled code; returns its unit or NaN."""
+    bound, peak = _row_bound(x, max_row_l2)
+    if not np.isfinite(bound):
+        return np.nan
+    scale = headroom / bound if bound > 0 else 1.0
+    if peak > 0:
+        scale = min(scale, peak_limit / peak)
+    for j in range(x.shape[0]):
+        rounded = (np.float64(x[j]) * scale + _TO_INTEGER) - _TO_INTEGER
+        out[j] = np.uint32(np.int32(rounded)) - mask[j]
+    return 1.0 / scale
+
+
+@kernel
 def _mask_rows(
     x_Tn: Array,
     mask_Tn: Array,
@@ -115,18 +132,7 @@ def _mask_rows(
     hi: int,
 ) -> None:
     for t in range(lo, hi):
-        x, mask, out = x_Tn[t], mask_Tn[t], out_Tn[t]
-        bound, peak = _row_bound(x, max_row_l2)
-        if not np.isfinite(bound):
-            unit_T[t] = np.nan
-            continue
-        scale = headroom / bound if bound > 0 else 1.0
-        if peak > 0:
-            scale = min(scale, peak_limit / peak)
-        unit_T[t] = 1.0 / scale
-        for j in range(x.shape[0]):
-            rounded = (np.float64(x[j]) * scale + _TO_INTEGER) - _TO_INTEGER
-            out[j] = np.uint32(np.int32(rounded)) - mask[j]
+        unit_T[t] = mask_row(x_Tn[t], mask_Tn[t], max_row_l2, headroom, peak_limit, out_Tn[t])
 
 
 @kernel
@@ -189,6 +195,22 @@ def mask_rows(
 
 
 @kernel
+def open_row(
+    y: Array, correction: Array, unit_64: float, scale_m: Array, bias_m: Array, out: Array
+) -> None:
+    """:func:`open_rows` of one row (m,), inside compiled code."""
+    unit = np.float32(unit_64)
+    if bias_m.shape[0] > 0:
+        for i in range(y.shape[0]):
+            opened = np.float32(np.int32(y[i] + correction[i]))
+            out[i] = opened * scale_m[i] * unit + bias_m[i]
+    else:
+        for i in range(y.shape[0]):
+            opened = np.float32(np.int32(y[i] + correction[i]))
+            out[i] = opened * scale_m[i] * unit
+
+
+@kernel
 def _open_rows(
     y_Tm: Array,
     correction_Tm: Array,
@@ -199,18 +221,8 @@ def _open_rows(
     lo: int,
     hi: int,
 ) -> None:
-    has_bias = bias_m.shape[0] > 0
     for t in range(lo, hi):
-        y, correction, out = y_Tm[t], correction_Tm[t], out_Tm[t]
-        unit = np.float32(unit_T[t])
-        if has_bias:
-            for i in range(y.shape[0]):
-                opened = np.float32(np.int32(y[i] + correction[i]))
-                out[i] = opened * scale_m[i] * unit + bias_m[i]
-        else:
-            for i in range(y.shape[0]):
-                opened = np.float32(np.int32(y[i] + correction[i]))
-                out[i] = opened * scale_m[i] * unit
+        open_row(y_Tm[t], correction_Tm[t], unit_T[t], scale_m, bias_m, out_Tm[t])
 
 
 def open_rows(

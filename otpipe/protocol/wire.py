@@ -44,6 +44,9 @@ MAX_HEADER_FIELDS = 16
 
 READ_BUFFER_BYTES = 1 << 16
 SEND_PIECE_BYTES = 1 << 20
+STALL_TIMEOUT_S = 10.0
+"""Silence inside a frame after which the peer is given up, unless told otherwise."""
+
 MIN_BYTES_PER_S = 100_000
 """A peer that sends the rest of a begun frame more slowly than this is treated as stalled."""
 
@@ -88,7 +91,7 @@ class FrameConnection:
 
     _descriptor = -1  # of this object alone, see descriptor()
 
-    def __init__(self, sock: socket.socket, *, stall_timeout_s: float = 10.0) -> None:
+    def __init__(self, sock: socket.socket, *, stall_timeout_s: float = STALL_TIMEOUT_S) -> None:
         with contextlib.suppress(OSError):  # not a TCP socket (a socketpair in a test)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sock = sock
@@ -307,7 +310,10 @@ class FrameConnection:
     def _wait(self, view: memoryview, idle_timeout_s: float | None) -> int:
         """Receive the first bytes of a frame; returns how many."""
         wait_s = self._stall_timeout_s if idle_timeout_s is None else idle_timeout_s
-        self._sock.settimeout(wait_s)
+        try:
+            self._sock.settimeout(wait_s)
+        except OSError as error:
+            raise ConnectionLost(f"the connection was closed: {error}") from error
         try:
             return self._recv_into(view, None)
         except StalledPeer as error:
@@ -336,6 +342,18 @@ class FrameConnection:
         poll = select.poll()
         poll.register(self._sock, _LEFT)
         return bool(poll.poll(0))
+
+    def release(self) -> socket.socket:
+        """The socket, for whoever goes on with its bytes; this object is not to be used again.
+
+        Raises:
+            ProtocolError: the peer has sent more than the frames that were received.
+        """
+        if self._begin != self._end:
+            raise ProtocolError(
+                f"the peer sent {self._end - self._begin} bytes before it was its turn"
+            )
+        return self._sock
 
     def close(self) -> None:
         """Close the socket; wakes a thread that is blocked in it. Safe to call twice."""
