@@ -119,7 +119,7 @@ def warm_up(client: Client, slots: int) -> None:
     plan = preparation._plan_within_budget(client.bundle, slots)
     layers = range(WARM_UP_LAYERS)
     chosen = tuple(p for p in plan.maps if p.linear_map.layer in layers)
-    clock = preparation._StageClock()
+    clock = preparation.StageClock()
     writer = client._store.begin_batch(plan.num_slots)
     try:
         batch = replace(plan, maps=chosen)

@@ -20,6 +20,7 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.models.llama.modeling_llama import rotate_half
 
 from otpipe.model.checkpoint import Checkpoint, map_parts, norm_tensors
 from otpipe.model.reference import float_map
@@ -56,6 +57,7 @@ def build_checkpoint(
     dtype: torch.dtype = torch.float32,
     max_shard_size: str | None = None,
     outlier_tokens: Sequence[int] | None = None,
+    outlier_score: float | None = None,
     seed: int = 0,
 ) -> Path:
     """Write a random checkpoint into ``directory`` and return it.
@@ -64,6 +66,7 @@ def build_checkpoint(
         head_dim, attention_bias, mlp_bias: llama only. Qwen2 always has q/k/v biases.
         max_shard_size: such as "20KB", to get several shards and an index.
         outlier_tokens: plant the outliers of large models on these tokens.
+        outlier_score: with them, the largest attention score of every layer.
     """
     config: dict[str, Any] = {
         "num_hidden_layers": num_layers,
@@ -89,7 +92,7 @@ def build_checkpoint(
         model = LlamaForCausalLM(LlamaConfig(**config))
     randomise(model, seed)
     if outlier_tokens is not None:
-        plant_outliers(model, outlier_tokens)
+        plant_outliers(model, outlier_tokens, outlier_score)
     options: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     torch.nn.Module.to(model, dtype).save_pretrained(directory, **options)
     return directory
@@ -111,13 +114,16 @@ def randomise(model: PreTrainedModel, seed: int) -> None:
                 parameter.copy_(1.5 * noise / parameter.shape[1] ** 0.5)
 
 
-def plant_outliers(model: PreTrainedModel, token_ids: Sequence[int]) -> None:
+def plant_outliers(
+    model: PreTrainedModel, token_ids: Sequence[int], score: float | None = None
+) -> None:
     """Give the model the extreme values of real large ones when it reads ``token_ids``.
 
     - gate inputs reach +-200 in two channels of every layer;
     - q and k biases (where there are any) are near +-100 in two channels a head;
     - the first layer drives two residual channels to about 1e4 at the first token ("massive
-      activations") and to at most 300 elsewhere; later norms have small gains there.
+      activations") and to at most 300 elsewhere; later norms have small gains there;
+    - with ``score``, queries are scaled until that is the largest magnitude of a visible score.
     """
     layers = model.model.layers
     seen: dict[str, Tensor] = {}
@@ -145,6 +151,8 @@ def plant_outliers(model: PreTrainedModel, token_ids: Sequence[int]) -> None:
                 attention.q_proj.bias.view(-1, head_dim)[:, -1] = -107.0
                 attention.k_proj.bias.view(-1, head_dim)[:, head_dim // 2 - 2] = -98.0
                 attention.k_proj.bias.view(-1, head_dim)[:, -2] = 110.0
+            if score is not None:
+                _scale_scores(model, attention, token_ids, score)
             run()
             gate_weight = mlp.gate_proj.weight
             for channel, target in ((3, 200.0), (7, -200.0)):
@@ -166,6 +174,30 @@ def plant_outliers(model: PreTrainedModel, token_ids: Sequence[int]) -> None:
             handle.remove()
     with torch.no_grad():
         model.model.norm.weight[[5, 11]] = 0.02
+
+
+def _scale_scores(
+    model: PreTrainedModel, attention: torch.nn.Module, token_ids: Sequence[int], target: float
+) -> None:
+    """Scale the queries of one layer until its largest visible score is ``target``."""
+    seen: dict[str, Tensor] = {}
+    handles = [
+        getattr(attention, name).register_forward_hook(
+            lambda _module, _inputs, output, name=name: seen.update({name: output[0]})
+        )
+        for name in ("q_proj", "k_proj")
+    ]
+    model(torch.tensor([list(token_ids)]))
+    for handle in handles:
+        handle.remove()
+    D, T = attention.head_dim, len(token_ids)
+    cos, sin = model.model.rotary_emb(seen["q_proj"][None], torch.arange(T)[None])
+    heads = [seen[name].view(T, -1, D) for name in ("q_proj", "k_proj")]
+    q, k = (x * cos[0, :, None] + rotate_half(x) * sin[0, :, None] for x in heads)
+    scores = torch.einsum("thd,phd->htp", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1))
+    largest = float(scores.tril().abs().max()) * attention.scaling
+    for parameter in attention.q_proj.parameters():
+        parameter *= target / largest
 
 
 def transformers_model(directory: Path) -> PreTrainedModel:

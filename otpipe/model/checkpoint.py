@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -191,6 +191,25 @@ class Checkpoint:
         """The bias of a map, float32 (m,) on the CPU, or None."""
         return self._load_bias(tuple(parts), lambda num_bytes: None)
 
+    def row_chunks(
+        self,
+        parts: Iterable[MapPart],
+        device: str | torch.device = "cpu",
+        progress: Callable[[int], None] | None = None,
+    ) -> Iterator[Tensor]:
+        """The rows of a map as stored, from the first to the last, (r, n) at a time on the device.
+
+        ``progress`` as for :meth:`load_maps`. Raises CheckpointError for a NaN or an infinity.
+        """
+        report = progress or (lambda num_bytes: None)
+        for part in parts:
+            stored = self.tensors[part.weight]
+            for first, chunk in stored.row_chunks(rows_per_chunk(part.columns)):
+                values = chunk.to(device)
+                _check_finite(stored.name, first, values)
+                yield values
+                report(chunk.nbytes)
+
     # --- reading ------------------------------------------------------------------------------
 
     def _quantize_parts(
@@ -216,15 +235,10 @@ class Checkpoint:
         report: Callable[[int], None] = lambda num_bytes: None,
     ) -> None:
         """Call ``store(first_row, chunk)`` for all rows; chunks are (r, n) on the device."""
-        start = 0
-        for part in parts:
-            stored = self.tensors[part.weight]
-            for first, chunk in stored.row_chunks(rows_per_chunk(part.columns)):
-                values = chunk.to(device)
-                _check_finite(stored.name, first, values)
-                store(start + first, values)
-                report(chunk.nbytes)
-            start += part.rows
+        first_row = 0
+        for values in self.row_chunks(parts, device, report):
+            store(first_row, values)
+            first_row += len(values)
 
     def _load_bias(
         self, parts: tuple[MapPart, ...], report: Callable[[int], None]

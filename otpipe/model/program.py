@@ -94,7 +94,7 @@ def forward(
         UsageError: no token, a token outside the vocabulary, or more positions than the model has.
     """
     spec = executor.spec
-    _check_tokens(spec, token_ids, cache.length)
+    check_tokens(spec, token_ids, cache.length)
     num_rows = len(token_ids)
     x = executor.embed(token_ids)
     for layer in range(spec.num_layers):
@@ -118,7 +118,8 @@ def forward(
     return logits
 
 
-def _check_tokens(spec: ModelSpec, token_ids: Sequence[int], num_before: int) -> None:
+def check_tokens(spec: ModelSpec, token_ids: Sequence[int], num_before: int) -> None:
+    """Raise UsageError for tokens that :func:`forward` refuses; see there."""
     if not token_ids:
         raise UsageError("There is no token to process; give a prompt of at least one token.")
     for token in token_ids:

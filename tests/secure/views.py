@@ -1,0 +1,59 @@
+"""What a party learns, as numbers that must be uniform and independent; findings are sentences.
+
+The same function judges the operations and operations with planted faults, so that a test which
+finds nothing is known to be able to find something.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+SIGMAS = 6.5
+"""Limit of a statistic in standard deviations; chance exceeds it once in 10^9 or so."""
+BIN_BITS = 5
+
+
+def findings(view: Sequence[tuple[Tensor, int]]) -> list[str]:
+    """What is not uniform in a view: each value, its neighbours' differences, equal-shaped pairs'.
+
+    Args:
+        view: int64 tensors (n,) or (n, words) and the bits of their values, in order.
+    """
+    found = []
+    for position, (values, bits) in enumerate(view):
+        columns = values[:, None] if values.ndim == 1 else values
+        for word, column in enumerate(columns.unbind(1)):
+            name = f"result {position}, word {word}"
+            found += _not_flat(column, bits, name)
+            found += _not_flat(column[1:] - column[:-1], bits, f"neighbours of {name}")
+    for position in range(1, len(view)):
+        (one, bits), (other, other_bits) = view[position - 1], view[position]
+        if one.shape == other.shape and bits == other_bits and one.ndim == 1:
+            found += _not_flat(one - other, bits, f"results {position - 1} and {position} together")
+    return found
+
+
+def _not_flat(values: Tensor, bits: int, name: str) -> list[str]:
+    """Chi-square of the lowest bits, and of the highest but one (which packing may leave zero)."""
+    low_width = min(BIN_BITS, bits)
+    windows = {"low": (0, low_width)}
+    if bits > BIN_BITS + 1:
+        windows["high"] = (bits - 1 - BIN_BITS, BIN_BITS)
+    found = []
+    for which, (lowest, width) in windows.items():
+        counts = torch.bincount((values >> lowest) & ((1 << width) - 1), minlength=1 << width)
+        expected = len(values) / (1 << width)
+        if expected < 5:
+            raise ValueError(f"{name}: {len(values)} values are too few for {1 << width} bins")
+        statistic = float(((counts - expected) ** 2 / expected).sum())
+        degrees = (1 << width) - 1
+        # Wilson and Hilferty: the cube root is nearly normal, also with one degree of freedom.
+        spread = 2 / (9 * degrees)
+        score = ((statistic / degrees) ** (1 / 3) - (1 - spread)) / math.sqrt(spread)
+        if score > SIGMAS:
+            found.append(f"{which} bits of {name} are {score:.0f} sigmas from uniform")
+    return found
