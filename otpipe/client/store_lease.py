@@ -13,6 +13,7 @@ import numpy as np
 from otpipe.client.store_batch import Batch
 from otpipe.client.store_files import SlotDamaged
 from otpipe.client.store_layout import ModelLayout
+from otpipe.client.store_rows import RowReader
 
 Rows = slice | Sequence[int] | None
 
@@ -62,7 +63,7 @@ class SlotLease:
         ]
 
     def masks(self, map_index: int, rows: Rows = None, out: np.ndarray | None = None) -> np.ndarray:
-        """The pads r (rows, n) of one map, uint32 or uint8. Raises PadReuseError the second time.
+        """The pads r (rows, n) of one map, unsigned integers. Raises PadReuseError the second time.
 
         Subtract them from the fixed-point activations mod 2^(8 ring_bytes) and send the result.
         ``out``: a contiguous array of that shape and type to fill and return.
@@ -78,7 +79,7 @@ class SlotLease:
     def corrections(
         self, map_index: int, rows: Rows = None, out: np.ndarray | None = None
     ) -> np.ndarray:
-        """c = W r (rows, m) of one map, uint32 or uint8. Raises PadReuseError the second time.
+        """c = W r (rows, m) of one map, unsigned integers. Raises PadReuseError the second time.
 
         Raises SlotDamaged when the disk did not keep what was written; its ``row`` tells which
         row of this lease. The corrections of the other requested rows can then be asked for
@@ -101,6 +102,19 @@ class SlotLease:
                 raise
             done += span.num_slots
         return self._join(parts, map_index, inputs=False) if out is None else out
+
+    def row_reader(self) -> RowReader | None:
+        """Claims all pads and corrections of a lease of one row, to be read map after map.
+
+        None, and nothing is claimed, where the machine does not suit.
+        """
+        (span,) = self.spans
+        if not RowReader.possible():
+            return None
+        for shape in self._layout.shapes:
+            self._claim(self._masks_taken, "mask", shape.index, None)
+            self._claim(self._corrections_taken, "correction", shape.index, None)
+        return RowReader(span.batch, span.first_slot, self.require_owner)
 
     @staticmethod
     def _pieces(spans: Sequence[Span], out: np.ndarray) -> Iterator[tuple[Span, np.ndarray]]:
