@@ -73,6 +73,7 @@ def receive_opened(
     out_m: Array,
     first_timeout_ms: int,
     timeout_ms: int,
+    looks: int,
 ) -> tuple[int, int]:
     """Receive the answer that is due, add the correction, and return to real numbers.
 
@@ -82,13 +83,14 @@ def receive_opened(
         head: uint8, what the answer has to begin with.
         correction_m, unit, scale_m, bias_m, out_m: as for ``open_rows``.
         first_timeout_ms: for the first bytes. timeout_ms: for every further wait.
+        looks: as of ``receive_some``, for the first bytes.
 
     Returns:
         Status, and how far ``frame`` is filled. Only after DONE does ``out_m`` hold the result.
     """
     if filled == 0:
         limit = min(frame.shape[0], FIRST_READ_BYTES)
-        status, filled = receive_some(functions, fd, frame, 0, limit, first_timeout_ms)
+        status, filled = receive_some(functions, fd, frame, 0, limit, first_timeout_ms, looks)
         if status != DONE:
             return status, filled
     head_bytes = head.shape[0]

@@ -24,7 +24,14 @@ from otpipe.client.store_lease import SlotLease
 from otpipe.errors import OtpipeError, ProtocolError
 from otpipe.kernels.activations import mask_rows, open_rows, rms_norm_rows
 from otpipe.kernels.cpu import parallel_for
-from otpipe.kernels.native_io import DONE, INTERRUPTED, TIMED_OUT, send_all, system_functions
+from otpipe.kernels.native_io import (
+    DONE,
+    INTERRUPTED,
+    TIMED_OUT,
+    looks_before_sleep,
+    send_all,
+    system_functions,
+)
 from otpipe.kernels.row_ops import attend_row, swiglu_row
 from otpipe.model.bundle import ModelBundle
 from otpipe.model.clear_ops import KVCache, RopeTables
@@ -219,6 +226,7 @@ class RowExecutor:
                     out[0],
                     _ANSWER_MS,
                     _STALL_MS,
+                    looks_before_sleep(),
                 )
         except BaseException:
             self._link.drop()  # an answer may be under way, which no later request may take

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from numba.extending import intrinsic
 
 from otpipe.kernels.cpu import Array, kernel
 
-RECV, SEND, POLL, TIME, LOCK, UNLOCK = range(6)
+RECV, SEND, POLL, TIME, YIELD, LOCK, UNLOCK = range(7)
 """Places in the table of :func:`system_functions`."""
 
 #: results of the kernels below
@@ -28,6 +29,9 @@ DONE, TIMED_OUT, INTERRUPTED, BROKEN = range(4)
 
 _POLLIN, _POLLOUT = 1, 4
 _SPURIOUS_WAKES = 3
+
+_CORES_TO_SPARE = 8
+_LOOKS = 400
 
 FIRST_READ_BYTES = 1 << 16
 """Read at most so many bytes before the head of a frame has been looked at."""
@@ -37,8 +41,20 @@ FIRST_READ_BYTES = 1 << 16
 def system_functions() -> np.ndarray:
     """int64 addresses of C functions, in the order of ``RECV`` .. ``UNLOCK``."""
     library = ctypes.CDLL(None)
-    names = ("recv", "send", "poll", "time", "pthread_mutex_lock", "pthread_mutex_unlock")
+    mutex = ("pthread_mutex_lock", "pthread_mutex_unlock")
+    names = ("recv", "send", "poll", "time", "sched_yield", *mutex)
     return np.array([address_of(getattr(library, name)) for name in names], np.int64)
+
+
+@functools.cache
+def looks_before_sleep() -> int:
+    """How often to look for an answer that is expected soon before sleeping until it comes.
+
+    A look takes about half a microsecond, and gives way to whoever wants the core. Waking up takes
+    5 us, and ten times that on a virtual machine whose idle cores the host has to start again: as
+    long as a whole product. Where cores are few they are better left to the other processes.
+    """
+    return _LOOKS if len(os.sched_getaffinity(0)) >= _CORES_TO_SPARE else 0
 
 
 def address_of(function: Any) -> int:
@@ -100,18 +116,23 @@ def _ready(functions: Array, fd: int, events: int, timeout_ms: int) -> int:
 
 @kernel
 def receive_some(
-    functions: Array, fd: int, out: Array, filled: int, limit: int, timeout_ms: int
+    functions: Array, fd: int, out: Array, filled: int, limit: int, timeout_ms: int, looks: int
 ) -> tuple[int, int]:
     """Read at least one byte into uint8 ``out[filled:limit]`` from a non-blocking socket.
+
+    ``looks``: how often to look before going to sleep; see :func:`looks_before_sleep`.
 
     Returns:
         DONE, TIMED_OUT, INTERRUPTED or BROKEN, and how far ``out`` is filled.
     """
-    address = np.int64(out.ctypes.data) + filled
+    address, room = np.int64(out.ctypes.data) + filled, np.int64(limit - filled)
+    for _ in range(looks):
+        count = call_4(functions[RECV], np.int64(fd), address, room, np.int64(0))
+        if count >= 0:
+            break
+        call_1(functions[YIELD], np.int64(0))
     for _ in range(_SPURIOUS_WAKES):
-        count = call_4(
-            functions[RECV], np.int64(fd), address, np.int64(limit - filled), np.int64(0)
-        )
+        count = call_4(functions[RECV], np.int64(fd), address, room, np.int64(0))
         if count > 0:
             return DONE, filled + count
         if count == 0:
@@ -132,7 +153,7 @@ def receive_all(
     """
     status, started_s = DONE, np.int64(0)
     while filled < wanted and status == DONE:
-        status, filled = receive_some(functions, fd, out, filled, wanted, timeout_ms)
+        status, filled = receive_some(functions, fd, out, filled, wanted, timeout_ms, 0)
         if filled < wanted:
             now_s = call_1(functions[TIME], np.int64(0))
             started_s = now_s if started_s == 0 else started_s

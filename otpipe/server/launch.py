@@ -31,7 +31,7 @@ from otpipe.protocol.messages import max_linear_rows
 from otpipe.protocol.wire import FrameConnection
 from otpipe.server.gateway import Gateway, Listener, ListenOptions
 from otpipe.server.lanes import Lane, RankCall
-from otpipe.server.row_server import RowServer
+from otpipe.server.row_server import RowServer, compile_loop
 from otpipe.server.service import Audit, Service
 from otpipe.server.shutdown import EXIT_RANK_DIED, Shutdown
 
@@ -211,6 +211,7 @@ def _row_servers(
     plan: RankPlan, row_lines: Sequence[RowLine], shutdown: Shutdown
 ) -> Callable[[FrameConnection], RowServer]:
     """How connections get what serves their single rows; lines are taken in turn."""
+    compile_loop()
     turn = itertools.cycle(row_lines)
 
     def failed(code: int) -> NoReturn:

@@ -26,6 +26,8 @@ from otpipe.kernels.native_io import (
     UNLOCK,
     call_1,
     call_2,
+    looks_before_sleep,
+    new_mutex,
     receive_all,
     receive_some,
     send_all,
@@ -166,6 +168,7 @@ def _serve(
     answer: Array,
     idle_ms: int,
     stall_ms: int,
+    looks: int,
     counts: Array,
 ) -> tuple[int, int]:
     """Serve frames until one is not for this loop: why it ended, and how far ``frame`` is filled.
@@ -173,14 +176,14 @@ def _serve(
     maps: int64 (M, 3): bytes of a masked row, bytes of its product, launch handle or 0.
     """
     while True:
-        status, filled = receive_some(functions, fd, frame, 0, FIRST_READ_BYTES, idle_ms)
+        status, filled = receive_some(functions, fd, frame, 0, FIRST_READ_BYTES, idle_ms, looks)
         if status == INTERRUPTED:
             continue
         if status != DONE:
             return (_IDLE if status == TIMED_OUT else _OTHER), filled
         index, head_bytes = _map_asked_for(frame, filled, pattern)
         while index == -2 and status in (DONE, INTERRUPTED):
-            status, filled = receive_some(functions, fd, frame, filled, _LONGEST_HEAD, stall_ms)
+            status, filled = receive_some(functions, fd, frame, filled, _LONGEST_HEAD, stall_ms, 0)
             index, head_bytes = _map_asked_for(frame, filled, pattern)
         if index < 0 or index >= maps.shape[0]:
             return _OTHER, filled
@@ -282,6 +285,7 @@ class RowServer:
             self._answer,
             int(1000 * idle_timeout_s),
             int(1000 * self._stall_timeout_s),
+            looks_before_sleep(),
             self._counts,
         )
         traffic, (frames, bytes_in, bytes_out) = connection.traffic, self._counts.tolist()
@@ -300,3 +304,28 @@ class RowServer:
         if why == _DEVICE_FAILED:
             self._on_failure(detail)
         connection.unread(self._frame[:detail])
+
+
+def compile_loop() -> None:
+    """Compile the loop, which takes seconds on a machine's first start, before a client waits."""
+    octets, table = np.zeros(FIRST_READ_BYTES, np.uint8), np.zeros((1, 3), np.int64)
+    no_socket, counts = -1, np.zeros(3, np.int64)
+    why, _ = _serve(
+        system_functions(),
+        no_socket,
+        _PATTERN,
+        table,
+        0,
+        0,
+        0,
+        new_mutex(),
+        octets,
+        octets,
+        octets,
+        octets,
+        0,
+        0,
+        0,
+        counts,
+    )
+    assert why == _IDLE, "a socket that does not exist is silent"

@@ -23,7 +23,7 @@ from otpipe.pipeline.graphs import RowLine
 from otpipe.pipeline.stage import Stage
 from otpipe.protocol.messages import Linear, MessageType, Ping
 from otpipe.protocol.wire import FrameConnection
-from otpipe.server.row_server import RowServer
+from otpipe.server.row_server import RowServer, compile_loop
 
 _Launch = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _Wait = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64)
@@ -97,6 +97,7 @@ def served(
         maps = stages[0]._linear_maps
         return RowServer(connection, maps, devices[0].line, failed, 0.5)
 
+    compile_loop()
     with local_server(model, new_row_server=new, stall_timeout_s=0.5, idle_timeout_s=1.0) as server:
         with raw_client(server.gateway.port) as client:  # makes the device
             _ask(server, client, QKV)
