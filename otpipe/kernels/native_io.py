@@ -126,17 +126,18 @@ def receive_some(
         DONE, TIMED_OUT, INTERRUPTED or BROKEN, and how far ``out`` is filled.
     """
     address, room = np.int64(out.ctypes.data) + filled, np.int64(limit - filled)
-    for _ in range(looks):
-        count = call_4(functions[RECV], np.int64(fd), address, room, np.int64(0))
-        if count >= 0:
-            break
-        call_1(functions[YIELD], np.int64(0))
-    for _ in range(_SPURIOUS_WAKES):
+    wakes = 0
+    while wakes < _SPURIOUS_WAKES:
         count = call_4(functions[RECV], np.int64(fd), address, room, np.int64(0))
         if count > 0:
             return DONE, filled + count
         if count == 0:
             break  # the peer has closed
+        if looks > 0:
+            looks -= 1
+            call_1(functions[YIELD], np.int64(0))
+            continue
+        wakes += 1
         waited = _ready(functions, fd, _POLLIN, timeout_ms)
         if waited != DONE:
             return waited, filled

@@ -23,6 +23,7 @@ from otpipe.pipeline.graphs import RowLine
 from otpipe.pipeline.stage import Stage
 from otpipe.protocol.messages import Linear, MessageType, Ping
 from otpipe.protocol.wire import FrameConnection
+from otpipe.server import row_server
 from otpipe.server.row_server import RowServer, compile_loop
 
 _Launch = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -74,6 +75,12 @@ class FakeDevice:
         assert stream == STREAM
         self.at_once -= 1
         return 0
+
+
+@pytest.fixture(params=[0, 400], autouse=True)
+def looks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asleep at once, as where cores are few, and after a while."""
+    monkeypatch.setattr(row_server, "looks_before_sleep", lambda: request.param)
 
 
 @pytest.fixture(scope="module")
