@@ -100,7 +100,7 @@ class CpuExtensionReceiver:
             self._streams.sum_rows(first_cot + lo, rows)
             extension_kernels.transpose_bits(rows[:128], t[lo:hi])
             sums = rows[128:]
-            choices[lo:hi] = np.unpackbits(sums[0].view(np.uint8), bitorder="little")
+            extension_kernels.spread_bits(sums[0], choices[lo:hi])
             np.bitwise_xor(sums[1:], sums[0], out=corrections[:, lo // 64 : hi // 64])
 
         _in_pieces(body, count)
@@ -117,7 +117,8 @@ class CpuExtensionSender:
         self._layout = layout
         weights = layout.sender_weights(delta)
         self._streams = LeafStreams(layout, seeds, weights, layout.row_map(with_sum=False), native)
-        bits = np.unpackbits(np.frombuffer(delta, np.uint8), bitorder="little")
+        bits = np.empty(128, np.uint8)
+        extension_kernels.spread_bits(np.frombuffer(delta, np.uint64), bits)
         self._masks = np.uint64(0) - bits.astype(np.uint64)
 
     def block(self, first_cot: int, count: int, corrections: U64) -> U64:

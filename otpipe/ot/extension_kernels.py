@@ -66,6 +66,16 @@ def add_masked(rows: Array, tree_of_row: Array, masks: Array, corrections: Array
 
 
 @kernel
+def spread_bits(row: Array, out: Array) -> None:
+    """Bit i of a row of words to out[i], uint8: (W,) -> (64 W,). numpy's unpackbits has a table."""
+    one = np.uint64(1)
+    for at in range(row.shape[0]):
+        word, target = row[at], out[64 * at : 64 * at + 64]
+        for i in range(64):
+            target[i] = np.uint8((word >> np.uint64(i)) & one)
+
+
+@kernel
 def transpose_bits(rows: Array, out: Array) -> None:
     """Bit i of row r becomes bit r of out[i]: rows (128, W) -> out (64 W, 2). W: multiple of 8.
 

@@ -27,6 +27,8 @@ def pack_bits(values: NDArray[np.uint8], bits: int) -> Bytes:
     """``values`` uint8 (n,), their low ``bits`` bits end to end."""
     if bits == 8:
         return values
+    if bits == 1:
+        return np.packbits(values & 1, bitorder="little")
     spread = np.unpackbits(values[:, None], axis=1, count=bits, bitorder="little")
     return np.packbits(spread.reshape(-1), bitorder="little")
 
@@ -35,6 +37,8 @@ def unpack_bits(packed: Bytes, count: int, bits: int) -> NDArray[np.uint8]:
     """Inverse of ``pack_bits``."""
     if bits == 8:
         return packed
+    if bits == 1:
+        return np.unpackbits(packed, count=count, bitorder="little")
     spread = np.unpackbits(packed, count=count * bits, bitorder="little").reshape(count, bits)
     return np.packbits(spread, axis=1, bitorder="little")[:, 0]
 

@@ -146,6 +146,19 @@ def _bits_at(words: Array, start: int, bits: int) -> np.uint64:
 
 
 @kernel
+def _read_words(words: Array, first: int, bits: int, out: Array) -> None:
+    """``_bits_at`` from bit ``first`` on, one after the other, without branches: vector loads."""
+    one, mask = np.uint64(1), ~np.uint64(0) >> np.uint64(64 - bits)
+    last = words.shape[0] - 1
+    for k in range(out.shape[0]):
+        start = first + k * bits
+        at, shift = start >> 6, np.uint64(start & 63)
+        # A word that does not reach into the next one leaves nothing of it below the mask.
+        above = (words[min(at + 1, last)] << one) << (np.uint64(63) - shift)
+        out[k] = ((words[at] >> shift) | above) & mask
+
+
+@kernel
 def _append(
     values: Array, bits: int, packed: Array, pending: np.uint64, fill: np.uint64, at: int
 ) -> tuple[np.uint64, np.uint64, int]:
@@ -164,27 +177,77 @@ def _append(
 
 
 @kernel
+def _append_columns(
+    columns: Array, last_bits: int, packed: Array, pending: np.uint64, fill: np.uint64, at: int
+) -> tuple[np.uint64, np.uint64, int]:
+    """``_append`` of columns (parts, M): 64 bits of each part, and ``last_bits`` of the last."""
+    one, width = np.uint64(1), np.uint64(last_bits)
+    last = columns.shape[0] - 1
+    for m in range(columns.shape[1]):
+        for part in range(last):
+            value = columns[part, m]
+            packed[at] = pending | (value << fill)
+            at += 1
+            pending = (value >> one) >> (np.uint64(63) - fill)
+        value = columns[last, m]
+        pending |= value << fill
+        fill += width
+        if fill >= np.uint64(64):
+            packed[at] = pending
+            at += 1
+            fill -= np.uint64(64)
+            pending = value >> (width - fill) if fill > np.uint64(0) else np.uint64(0)
+    return pending, fill, at
+
+
+@kernel
 def mask_chosen(messages: Array, flips: Array, pads: Array, bits: int, packed: Array) -> None:
     """Message m xor pad m ^ flips[i], ``bits`` bits each, end to end.
 
     messages (n, M, w), flips uint8 (n,), pads (n, M, P), packed: uint64 words.
     """
+    if messages.shape[2] > 1:
+        _mask_rows(messages, flips, pads, bits, packed)
+        return
     mask = ~np.uint64(0) >> np.uint64(64 - bits)
-    num_messages, num_words = messages.shape[1], messages.shape[2]
-    values = np.empty(num_messages * num_words, np.uint64)
+    num_messages = messages.shape[1]
+    values = np.empty(num_messages, np.uint64)
     pending, fill, at = np.uint64(0), np.uint64(0), 0
     for i in range(messages.shape[0]):
         flip = np.int64(flips[i])
-        if num_words == 1:
-            for m in range(num_messages):
-                values[m] = (messages[i, m, 0] ^ pads[i, m ^ flip, 0]) & mask
-        else:
-            for m in range(num_messages):
-                pad = pads[i, m ^ flip]
-                for k in range(num_words):
-                    word = _bits_at(pad, k * bits, bits)
-                    values[m * num_words + k] = (messages[i, m, k] & mask) ^ word
+        for m in range(num_messages):
+            values[m] = (messages[i, m, 0] ^ pads[i, m ^ flip, 0]) & mask
         pending, fill, at = _append(values, bits, packed, pending, fill, at)
+    if fill > np.uint64(0):
+        packed[at] = pending
+
+
+@kernel
+def _mask_rows(messages: Array, flips: Array, pads: Array, bits: int, packed: Array) -> None:
+    """``mask_chosen`` for several words: a packed message lies bit by bit under its pad."""
+    mask = ~np.uint64(0) >> np.uint64(64 - bits)
+    num_messages, num_words = messages.shape[1], messages.shape[2]
+    parts = (num_words * bits + 63) // 64
+    last_bits = num_words * bits - 64 * (parts - 1)
+    last_mask = ~np.uint64(0) >> np.uint64(64 - last_bits)
+    columns = np.empty((parts, num_messages), np.uint64)
+    pending, fill, at = np.uint64(0), np.uint64(0), 0
+    for i in range(messages.shape[0]):
+        flip = np.int64(flips[i])
+        for part in range(parts):
+            column, used = columns[part], last_mask if part == parts - 1 else ~np.uint64(0)
+            for m in range(num_messages):
+                column[m] = pads[i, m ^ flip, part] & used
+        for k in range(num_words):
+            part, shift = k * bits >> 6, np.uint64(k * bits & 63)
+            column = columns[part]
+            for m in range(num_messages):
+                column[m] ^= (messages[i, m, k] & mask) << shift
+            if shift + np.uint64(bits) > np.uint64(64):
+                column, down = columns[part + 1], np.uint64(64) - shift
+                for m in range(num_messages):
+                    column[m] ^= (messages[i, m, k] & mask) >> down
+        pending, fill, at = _append_columns(columns, last_bits, packed, pending, fill, at)
     if fill > np.uint64(0):
         packed[at] = pending
 
@@ -202,11 +265,15 @@ def mask_correlated(
     pending, fill, at = np.uint64(0), np.uint64(0), 0
     for i in range(correlation.shape[0]):
         flip = np.int64(flips[i])
-        own, other = pads[i, flip], pads[i, 1 ^ flip]
-        for k in range(correlation.shape[1]):
-            x[i, k] = _bits_at(own, k * bits, bits)
-            sent = x[i, k] + correlation[i, k] - _bits_at(other, k * bits, bits)
-            values[k] = sent & mask
+        if values.shape[0] == 1:
+            x[i, 0] = pads[i, flip, 0] & mask
+            values[0] = (x[i, 0] + correlation[i, 0] - pads[i, 1 ^ flip, 0]) & mask
+        else:
+            own, row = x[i], correlation[i]
+            _read_words(pads[i, flip], 0, bits, own)
+            _read_words(pads[i, 1 ^ flip], 0, bits, values)
+            for k in range(values.shape[0]):
+                values[k] = (own[k] + row[k] - values[k]) & mask
         pending, fill, at = _append(values, bits, packed, pending, fill, at)
     if fill > np.uint64(0):
         packed[at] = pending
@@ -229,11 +296,13 @@ def open_correlated(packed: Array, choices: Array, pads: Array, bits: int, out: 
     """out[i] = pad + choice times the packed words, mod 2^bits: pads (n, P), out (n, w)."""
     mask = ~np.uint64(0) >> np.uint64(64 - bits)
     num_words = out.shape[1]
+    sent = np.empty(num_words, np.uint64)
     for i in range(out.shape[0]):
-        chosen = np.uint64(0) - np.uint64(choices[i])
+        chosen, row = np.uint64(0) - np.uint64(choices[i]), out[i]
+        _read_words(packed, i * num_words * bits, bits, sent)
+        _read_words(pads[i], 0, bits, row)
         for k in range(num_words):
-            sent = _bits_at(packed, (i * num_words + k) * bits, bits)
-            out[i, k] = (_bits_at(pads[i], k * bits, bits) + (sent & chosen)) & mask
+            row[k] = (row[k] + (sent[k] & chosen)) & mask
 
 
 @kernel

@@ -45,7 +45,7 @@ def hash_key(session: bytes, epoch: int) -> bytes:
     return hashlib.sha256(_KEY_DOMAIN + session + epoch.to_bytes(8, "little")).digest()[:16]
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=256)  # sessions that take turns; 11 KiB each
 def _key_group(session: bytes, group: int) -> NDArray[np.uint8]:
     first = group * KEY_GROUP
     keys = b"".join(hash_key(session, first + i) for i in range(KEY_GROUP))
@@ -63,7 +63,7 @@ def offset_table(delta: bytes, index_bits: int) -> NDArray[np.uint64]:
     powers = [int.from_bytes(delta, "little")]
     for _ in range(index_bits - 1):
         doubled = powers[-1] << 1
-        powers.append(doubled ^ (_FIELD_POLYNOMIAL if doubled >> 128 else 0))
+        powers.append(doubled ^ (doubled >> 128) * _FIELD_POLYNOMIAL)
     table = [0]
     for power in powers:
         table += [entry ^ power for entry in table]

@@ -120,12 +120,13 @@ class OtParams:
     def log2_stream_advantage(self, log2_work: float) -> float:
         """log2 of the bound on telling the unknown leaf streams of a session from uniform.
 
-        One unknown AES-128 key for each tree: p keys tried, and the birthday bound of counter mode
-        on 2^log2_max_cots / 128 blocks of each.
+        The unknown AES-128 keys are the leaf of each tree and the nodes above it, one a level: p
+        keys tried against all of them, since all encrypt the same counters. Besides, the birthday
+        bound of counter mode on 2^log2_max_cots / 128 blocks of each leaf.
         """
         blocks = self.log2_max_cots - 7
         birthday = math.log2(self.num_trees) + 2 * blocks - 1 - 128
-        search = math.log2(self.num_trees) + log2_work - 128
+        search = math.log2(self.num_trees + self.kappa) + log2_work - 128
         return max(birthday, search) + math.log2(1 + 2.0 ** -abs(birthday - search))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from otpipe.ot.channel import Bytes, Channel
-from otpipe.ot.extension import U64, TreeLayout, blocks_of
+from otpipe.ot.extension import U64, TreeLayout, blocks_of, rounded
 from otpipe.ot.extension_cpu import CpuExtensionReceiver
 from otpipe.ot.handshake import set_up_receiver
 from otpipe.ot.masks_cpu import CpuMasks, open_chosen, open_correlated, pack_bits, pad_words
@@ -126,8 +126,8 @@ class OtReceiver:
 
     def _extend(self, count: int) -> None:
         assert self._extension is not None
+        self._pool.check_room(rounded(count))
         for size in blocks_of(count):
-            self._pool.check_room(size)
             first = self._pool.num_made
             t, choices, corrections = self._extension.block(first, size)
             payload = corrections.reshape(-1).view(np.uint8)
@@ -145,7 +145,8 @@ class OtReceiver:
         cot = 0
         for shape, choice in zip(shapes, choices, strict=True):
             own = bits[cot : cot + shape.cots].reshape(shape.count, shape.index_bits)
-            random = np.packbits(own, axis=1, bitorder="little")[:, 0]
+            one_bit = shape.index_bits == 1
+            random = own[:, 0] if one_bit else np.packbits(own, axis=1, bitorder="little")[:, 0]
             masked.append(pack_bits(masked_choices(choice, random), shape.index_bits))
             randoms.append(random)
             starts.append(cot)
@@ -214,7 +215,7 @@ def _checked(request: ReceiverRequest, shape: Shape) -> Bytes:
     """The choices as uint8 (n,), in range."""
     given = _given(request)
     if isinstance(given, Tensor):
-        if given.device.type != "cpu" or given.is_floating_point():
+        if given.device.type != "cpu" or given.is_floating_point() or given.is_complex():
             raise ValueError(
                 f"Choices are {given.dtype} on {given.device}; give integers on the CPU."
             )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from otpipe.ot.channel import Channel
-from otpipe.ot.extension import TreeLayout, blocks_of, correction_bytes
+from otpipe.ot.extension import TreeLayout, blocks_of, correction_bytes, rounded
 from otpipe.ot.handshake import set_up_sender
 from otpipe.ot.masks_cpu import unpack_bits
 from otpipe.ot.pads import TweakLedger
@@ -148,8 +148,8 @@ class OtSender:
 
     def _extend(self, count: int) -> None:
         assert self._math is not None
+        self._pool.check_room(rounded(count))
         for size in blocks_of(count):
-            self._pool.check_room(size)
             first = self._pool.num_made
             due = correction_bytes(self.params, size)
             corrections = self._channel.receive(f"ot.corrections@{first}", due)

@@ -21,6 +21,7 @@ from otpipe.ot import torch_ops
 from otpipe.ot.aes_planes import expand_keys, key_planes
 from otpipe.ot.channel import Bytes
 from otpipe.ot.extension import COTS_PER_AES_BLOCK, TreeLayout
+from otpipe.ot.extension_kernels import spread_bits
 from otpipe.ot.handshake import SenderSecrets
 from otpipe.ot.pads import KEY_GROUP, TweakLedger, blocks_per_pad, offset_table, round_keys
 from otpipe.ot.params import MAX_INDEX_BITS
@@ -46,7 +47,8 @@ class DeviceSenderMath:
         self._leaf_keys = torch.from_numpy(leaf_keys).contiguous().to(device)
         weights = layout.sender_weights(secrets.delta).astype(np.int32)
         self._weights = torch.from_numpy(weights).to(device)
-        bits = np.unpackbits(np.frombuffer(secrets.delta, np.uint8), bitorder="little")
+        bits = np.empty(128, np.uint8)
+        spread_bits(np.frombuffer(secrets.delta, np.uint64), bits)
         self._masks = torch.from_numpy(-bits.astype(np.int32)).to(device)
         self._trees = torch.from_numpy(layout.tree_of_row).to(device)
         self._group, self._group_planes = -1, torch.empty(0)

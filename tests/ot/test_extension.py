@@ -132,6 +132,24 @@ def test_the_sender_sees_uniform_corrections(params: OtParams) -> None:
     assert (abs(distance.astype(int) - 2048) < 6 * 32).all()
 
 
+def test_secret_bits_are_spread_without_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """numpy's unpackbits reads a table at each byte, here of the choices and of Delta."""
+    row = np.frombuffer(os.urandom(8 * 32), np.uint64)
+    spread = np.empty(2048, np.uint8)
+    extension_kernels.spread_bits(row, spread)
+    assert np.array_equal(spread, np.unpackbits(row.view(np.uint8), bitorder="little"))
+
+    def table(*args: object, **options: object) -> None:
+        raise AssertionError("a secret was looked up in a table")
+
+    monkeypatch.setattr(np, "unpackbits", table)
+    params, delta = OT_PARAMS["softspoken4"], os.urandom(16)
+    layout, leaves, punctured = ideal_seeds(params, delta)
+    t, choices, corrections = CpuExtensionReceiver(layout, leaves).block(0, 2048)
+    q = CpuExtensionSender(layout, punctured, delta).block(0, 2048, corrections)
+    assert holds(q, t, choices, delta)
+
+
 def test_layout_covers_128_bits() -> None:
     for params in OT_PARAMS.values():
         layout = TreeLayout.of(params)

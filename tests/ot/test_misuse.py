@@ -21,6 +21,7 @@ from otpipe.ot import (
     OtSender,
     ReceiveCorrelated,
     SendCorrelated,
+    extension,
     local_channels,
 )
 
@@ -146,6 +147,17 @@ def test_an_exhausted_session_stops_before_anything_is_sent() -> None:
     assert pair.client.sent_bytes.total() == sent
 
 
+def test_a_call_beyond_the_limit_sends_none_of_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "BLOCK_COTS", 2048)
+    pair = make_pair(OtParams("small", 4, log2_epoch=10, log2_max_cots=12))
+    both(lambda: pair.sender.extend(2048), lambda: pair.receiver.extend(2048))
+    sent = pair.client.sent_bytes.total()
+    for party in (pair.receiver, pair.sender):
+        with pytest.raises(ParameterError, match="would pass its limit of 4096 transfers"):
+            party.extend(4096)
+    assert pair.client.sent_bytes.total() == sent
+
+
 def test_arguments_of_the_sender() -> None:
     sender = make_pair().sender
     ints = torch.zeros(4, dtype=torch.int64)
@@ -191,6 +203,8 @@ def test_arguments_of_the_receiver() -> None:
     for call, message in (
         (lambda: receiver.receive_correlated(torch.zeros(2), 8), "Choices are torch.float32 on"),
         (lambda: receiver.receive_correlated(np.zeros(2), 8), "Choices are float64; give integers"),
+        (lambda: receiver.receive_correlated(torch.zeros(2, dtype=torch.complex64), 8),
+         "Choices are torch.complex64 on cpu; give integers"),
         (lambda: receiver.receive_correlated(torch.zeros(2, dtype=torch.uint8, device="meta"), 8),
          "on meta; give integers on the CPU"),
         (lambda: receiver.receive_correlated(torch.tensor([0, 2]), 8),
