@@ -21,6 +21,7 @@ from otpipe.client.link import ANSWER_TIMEOUT_S, ServerLink
 from otpipe.client.row_exchange import FOREIGN, receive_opened, send_masked
 from otpipe.client.store import PadStore
 from otpipe.client.store_lease import SlotLease
+from otpipe.client.store_rows import RowReader
 from otpipe.errors import OtpipeError, ProtocolError
 from otpipe.kernels.activations import mask_rows, open_rows, rms_norm_rows
 from otpipe.kernels.cpu import parallel_for
@@ -114,8 +115,9 @@ class RowExecutor:
         answer = _buffer(max(m.out_features * m.ring_bytes for m in self.spec.maps))
         self._maps = [_prepared(bundle, m, request, answer) for m in self.spec.maps]
         self._lease: SlotLease | None = None
-        self._next_mask: tuple[int, np.ndarray] | None = None
-        self._correction = np.empty(0, np.uint32)
+        self._reader: RowReader | None = None
+        # What was read last: the correction of a map and the pad of the one after it.
+        self._correction_m = self._pad_n = np.empty(0, np.uint32)
         self._correction_of = -1
 
     def new_cache(self) -> KVCache:
@@ -127,32 +129,43 @@ class RowExecutor:
         if len(token_ids) != 1:
             raise ValueError(f"{len(token_ids)} tokens for an executor of single rows")
         token = token_ids[0]
-        prepared = self._maps[self.spec.map("embed").index]
+        index = self.spec.map("embed").index
+        prepared = self._maps[index]
         if self._lease is not None:
             self._lease.close()
-        self._next_mask, self._correction_of = None, -1
-        self._lease = self._store.draw(1)
+        self._lease = lease = self._store.draw(1)
         self.slots_used += 1
+        self._correction_of = -1
+        self._reader = lease.row_reader()
+        pad_n = (
+            lease.masks(prepared.linear_map.index)[0]
+            if self._reader is None
+            else self._reader.first_pad()
+        )
         masked_n = prepared.masked_n
-        np.negative(self._mask(prepared.linear_map.index)[0], out=masked_n)  # 0 - r mod 2^8
+        np.negative(pad_n, out=masked_n)  # 0 - r mod 2^8
         masked_n[token : token + 1] += 1  # 1 - r at the token; as an array, so that it wraps
         self._exchange(prepared)
-        row_m = np.add(prepared.answer_m, self._correction[0]).view(np.int8)
+        row_m = np.add(prepared.answer_m, self._correction_m).view(np.int8)
         return np.multiply(row_m, self._embedding_scale[token], dtype=np.float32)[None]
 
     def linear(self, linear_map: LinearMap, x: np.ndarray) -> np.ndarray:
         """W x + bias."""
-        prepared, pad = self._maps[linear_map.index], self._mask(linear_map.index)
+        prepared = self._maps[linear_map.index]
+        lease = self._lease
+        assert lease is not None, "embed() begins a pass"
+        assert self._correction_of == linear_map.index - 1, "maps come in their order"
+        lease.require_owner()
         out = np.empty((1, linear_map.out_features), np.float32)
         connection = self._link.plain_connection()
         if connection is not None:
-            unit, answered = self._exchange_directly(connection, prepared, x, pad, out)
+            unit, answered = self._exchange_directly(connection, prepared, x, out)
             if answered:
                 return out
         else:
             unit = mask_rows(
                 x,
-                pad,
+                self._pad_n[None],
                 prepared.max_row_l2,
                 prepared.headroom,
                 PEAK_LIMIT,
@@ -163,7 +176,7 @@ class RowExecutor:
         self._exchange(prepared, sent_on=connection)
         open_rows(
             prepared.answer_m[None],
-            self._correction,
+            self._correction_m[None],
             np.array([unit]),
             prepared.scale_m,
             prepared.bias_m,
@@ -176,7 +189,6 @@ class RowExecutor:
         connection: FrameConnection,
         prepared: _Map,
         x: np.ndarray,
-        pad: np.ndarray,
         out: np.ndarray,
     ) -> tuple[float, bool]:
         """Mask, send, receive and open in compiled code; returns the unit, and whether it did.
@@ -194,7 +206,7 @@ class RowExecutor:
                 prepared.request,
                 prepared.masked_n,
                 x[0],
-                pad[0],
+                self._pad_n,
                 prepared.max_row_l2,
                 prepared.headroom,
                 PEAK_LIMIT,
@@ -219,7 +231,7 @@ class RowExecutor:
                     filled,
                     prepared.answer_head,
                     prepared.answer_m,
-                    self._correction[0],
+                    self._correction_m,
                     unit,
                     prepared.scale_m,
                     prepared.bias_m,
@@ -282,29 +294,24 @@ class RowExecutor:
 
     # -- inside ----------------------------------------------------------------------------------
 
-    def _mask(self, index: int) -> np.ndarray:
-        """The pad r (1, n), taken ahead of time where it was."""
-        lease, taken, self._next_mask = self._lease, self._next_mask, None
-        assert lease is not None, "embed() begins a pass"
-        if taken is not None and taken[0] == index:
-            lease.require_owner()
-            return taken[1]
-        return lease.masks(index)
-
     def _read_ahead(self, index: int) -> None:
         """While the server works: the correction of this map and the pad of the next."""
-        lease = self._lease
+        lease, reader = self._lease, self._reader
         assert lease is not None, "embed() begins a pass"
-        if self._correction_of != index:
-            self._correction = lease.corrections(index)
-            self._correction_of = index
+        if self._correction_of == index:
+            return
+        if reader is not None:
+            self._correction_m, self._pad_n = reader.advance()
+        else:
+            self._correction_m = lease.corrections(index)[0]
             if index + 1 < len(self._maps):
-                self._next_mask = (index + 1, lease.masks(index + 1))
+                self._pad_n = lease.masks(index + 1)[0]
+        self._correction_of = index
 
     def _exchange(self, prepared: _Map, sent_on: FrameConnection | None = None) -> None:
         """Send the masked row that is in place, and receive the answer into its place.
 
-        It is valid until the next exchange, as is the correction (1, m) read meanwhile.
+        It is valid until the next exchange, as is the correction read meanwhile.
         ``sent_on`` as of :meth:`ServerLink.exchange`.
         """
         index = prepared.linear_map.index

@@ -60,7 +60,7 @@ def encode_checksums(batch_id: str, sums: np.ndarray) -> bytes:
     return _CHECKSUM_MAGIC + bytes.fromhex(batch_id) + sums.astype("<u8").tobytes()
 
 
-class _MapRegion:
+class MapRegion:
     """Where one map's corrections and pads of a batch are."""
 
     __slots__ = ("expected", "offset", "pads", "shape", "weights")
@@ -90,7 +90,7 @@ class Batch:
         self._corrections_fd = -1
         self._counter: SpentCounter | None = None
         self._refusal = ""  # why no pads are handed out any more
-        self._regions: dict[int, _MapRegion] = {}
+        self._regions: dict[int, MapRegion] = {}
         try:
             self._open(writable)
         except FileNotFoundError as error:
@@ -157,7 +157,7 @@ class Batch:
         weights = position_weights(layout.max_out_features)
         offsets = layout.region_offsets(num_slots)
         self._regions = {
-            shape.index: _MapRegion(
+            shape.index: MapRegion(
                 shape, offset, PadStream(pad_key, shape), weights[: shape.out_features], row
             )
             for shape, offset, row in zip(layout.shapes, offsets, expected, strict=True)
@@ -218,12 +218,26 @@ class Batch:
             advice = os.POSIX_FADV_WILLNEED
             os.posix_fadvise(self._corrections_fd, start, count * row_bytes, advice)
 
+    @property
+    def regions(self) -> list[MapRegion]:
+        """Where each map's corrections and pads are, in the order of the layout."""
+        return list(self._regions.values())
+
+    @property
+    def corrections_fd(self) -> int:
+        """Descriptor of the file of corrections; -1 after the end."""
+        return self._corrections_fd
+
+    def require_sole_use(self) -> None:
+        """Raise CounterMoved where somebody else has drawn from this batch."""
+        if self._refusal:
+            raise CounterMoved(self._refusal)
+
     def pads(
         self, map_index: int, first_slot: int, count: int, out: np.ndarray | None = None
     ) -> np.ndarray:
         """r (count, n) of consecutive slots, in ``out`` if given. Raises CounterMoved."""
-        if self._refusal:
-            raise CounterMoved(self._refusal)
+        self.require_sole_use()
         return self._regions[map_index].pads.rows(first_slot, count, out)
 
     def corrections(

@@ -13,6 +13,7 @@ import numpy as np
 from otpipe.client.store_batch import Batch
 from otpipe.client.store_files import SlotDamaged
 from otpipe.client.store_layout import ModelLayout
+from otpipe.client.store_rows import RowReader
 
 Rows = slice | Sequence[int] | None
 
@@ -101,6 +102,19 @@ class SlotLease:
                 raise
             done += span.num_slots
         return self._join(parts, map_index, inputs=False) if out is None else out
+
+    def row_reader(self) -> RowReader | None:
+        """Claims all pads and corrections of a lease of one row, to be read map after map.
+
+        None, and nothing is claimed, where the machine does not suit.
+        """
+        (span,) = self.spans
+        if not RowReader.possible():
+            return None
+        for shape in self._layout.shapes:
+            self._claim(self._masks_taken, "mask", shape.index, None)
+            self._claim(self._corrections_taken, "correction", shape.index, None)
+        return RowReader(span.batch, span.first_slot, self.require_owner)
 
     @staticmethod
     def _pieces(spans: Sequence[Span], out: np.ndarray) -> Iterator[tuple[Span, np.ndarray]]:

@@ -22,17 +22,17 @@ class PadStream:
 
     def __init__(self, pad_key: bytes, shape: MapShape) -> None:
         self.shape = shape
-        self._stream = Keystream(derive_key(pad_key, "pad", shape.index), _KEYSTREAM_NONCE)
+        self.stream = Keystream(derive_key(pad_key, "pad", shape.index), _KEYSTREAM_NONCE)
 
     def rows(self, first_slot: int, count: int, out: np.ndarray | None = None) -> np.ndarray:
         """Pads (count, n) of slots, uint32 or uint8, contiguous; in ``out`` if it is given."""
         shape = self.shape
         stride = shape.pad_stride
         if out is not None and stride == shape.pad_bytes:
-            self._stream.fill(first_slot * stride, out.view(np.uint8))
+            self.stream.fill(first_slot * stride, out.view(np.uint8))
             return out
         octets = np.empty(count * stride, np.uint8)
-        self._stream.fill(first_slot * stride, octets)
+        self.stream.fill(first_slot * stride, octets)
         rows = octets.reshape(count, stride)
         if stride != shape.pad_bytes:
             rows = np.ascontiguousarray(rows[:, : shape.pad_bytes])
@@ -47,7 +47,7 @@ class PadStream:
         begin, end = first_coord * shape.ring_bytes, (first_coord + count) * shape.ring_bytes
         start, stop = begin // _BLOCK * _BLOCK, -(-end // _BLOCK) * _BLOCK
         out = np.empty((num_slots, stop - start), np.uint8)
-        self._stream.rows(start, shape.pad_stride, out)
+        self.stream.rows(start, shape.pad_stride, out)
         return np.ascontiguousarray(out[:, begin - start : end - start]).view(shape.dtype)
 
     def __repr__(self) -> str:
@@ -61,12 +61,12 @@ class CoordinateReader:
     """Blocks of coordinates for all slots of a batch, in any order, from any number of threads."""
 
     def __init__(self, pad_key: bytes, layout: ModelLayout, num_slots: int) -> None:
-        self._streams = {shape.index: PadStream(pad_key, shape) for shape in layout.shapes}
+        self.streams = {shape.index: PadStream(pad_key, shape) for shape in layout.shapes}
         self._num_slots = num_slots
 
     def read(self, map_index: int, first_coord: int, count: int) -> np.ndarray:
         """Pads (T, count) of coordinates first_coord .. first_coord + count, contiguous."""
-        stream = self._streams.get(map_index)
+        stream = self.streams.get(map_index)
         if stream is None:
             raise ValueError(f"the model has no map {map_index}")
         shape = stream.shape

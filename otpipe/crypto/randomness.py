@@ -17,6 +17,7 @@ from Crypto.Cipher import AES
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from otpipe.kernels import aes_native
 from otpipe.kernels.cpu import Array, kernel, parallel_for
 
 KEY_BYTES = 32
@@ -70,14 +71,19 @@ def _encode_label(label: Label) -> bytes:
 class Keystream:
     """The AES-256-CTR keystream of one key and nonce, with random access. Thread-safe.
 
-    CTR is the block cipher applied to nonce || block number (NIST SP 800-38A, section 6.5), so the
-    blocks are made here and encrypted as a whole: with AES instructions, several at a time.
+    CTR is the block cipher applied to nonce || block number (NIST SP 800-38A, section 6.5). With
+    the processor's AES instructions, blocks are made and encrypted in registers; without them, they
+    are made here and encrypted by pycryptodome.
 
     key: 32 bytes. nonce: 8 bytes, or an int encoded big-endian; the counter block is
     nonce || 64-bit big-endian block number.
+
+    Attributes, for ``aes_native.encrypt_counters_256``:
+        round_keys: uint64 (15, 2); only with AES instructions.
+        prefix: the nonce as a signed little-endian integer.
     """
 
-    __slots__ = ("_cipher", "_prefix")
+    __slots__ = ("_cipher", "prefix", "round_keys")
 
     def __init__(self, key: bytes, nonce: int | bytes) -> None:
         if len(key) != KEY_BYTES:
@@ -85,8 +91,12 @@ class Keystream:
         prefix = nonce.to_bytes(8, "big") if isinstance(nonce, int) else nonce
         if len(prefix) != 8:
             raise ValueError(f"A keystream nonce has 8 bytes, not {len(prefix)}.")
-        self._cipher = AES.new(key, AES.MODE_ECB)
-        self._prefix = int.from_bytes(prefix, "little", signed=True)
+        if aes_native.NATIVE:
+            self.round_keys = np.empty((15, 2), np.uint64)
+            aes_native.expand_key_256(np.frombuffer(key, "<u8"), self.round_keys)
+        else:
+            self._cipher = AES.new(key, AES.MODE_ECB)
+        self.prefix = int.from_bytes(prefix, "little", signed=True)
 
     def fill(self, offset_bytes: int, out: NDArray[Any]) -> None:
         """Fill ``out``, C-contiguous uint8, with the stream from byte ``offset_bytes``.
@@ -143,10 +153,15 @@ class Keystream:
         """Whole blocks, leaving out ``skipped`` block numbers after each ``row_blocks``."""
         total = out.size // _AES_BLOCK
         number = first - (first >> 63 << 64)  # as a signed integer, which compiled code takes
+        if aes_native.NATIVE:
+            aes_native.encrypt_counters_256(
+                self.round_keys, self.prefix, number, skipped, row_blocks, out
+            )
+            return
         counters, octets = _scratch.counters, _scratch.octets
         for done in range(0, total, _CHUNK_BLOCKS):
             count = min(_CHUNK_BLOCKS, total - done)
-            _count(self._prefix, number, skipped, row_blocks, done, counters[:count])
+            _count(self.prefix, number, skipped, row_blocks, done, counters[:count])
             piece = out[done * _AES_BLOCK : (done + count) * _AES_BLOCK]
             self._cipher.encrypt(octets[: count * _AES_BLOCK], output=piece.data)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from otpipe.kernels.cpu import Array, float_kernel, kernel, parallel_for
+from otpipe.kernels.row_ops import float_of_bits
 
 INT8_LIMIT = 127.0
 MAX_OUTLIERS = 64
@@ -38,11 +39,15 @@ def _energy(x: Array) -> float:
 
 @float_kernel
 def _peak(x: Array) -> np.float32:
-    """Largest |x_j|, of finite numbers."""
-    peak = np.float32(0.0)
-    for j in range(x.shape[0]):
-        peak = max(peak, abs(x[j]))
-    return peak
+    """Largest |x_j|; NaN if x has one.
+
+    Bits of positive numbers are ordered as the numbers are, and unlike the numbers' their maximum
+    is computed on vectors.
+    """
+    bits, peak = x.view(np.uint32), np.uint32(0)
+    for j in range(bits.shape[0]):
+        peak = max(peak, bits[j] & np.uint32(0x7FFFFFFF))
+    return np.float32(float_of_bits(np.int32(peak)))
 
 
 @kernel

@@ -21,7 +21,7 @@ from numba.extending import intrinsic
 
 from otpipe.kernels.cpu import Array, kernel
 
-RECV, SEND, POLL, TIME, YIELD, LOCK, UNLOCK = range(7)
+RECV, SEND, POLL, TIME, YIELD, PREAD, MEMCPY, LOCK, UNLOCK = range(9)
 """Places in the table of :func:`system_functions`."""
 
 #: results of the kernels below
@@ -42,7 +42,9 @@ def system_functions() -> np.ndarray:
     """int64 addresses of C functions, in the order of ``RECV`` .. ``UNLOCK``."""
     library = ctypes.CDLL(None)
     mutex = ("pthread_mutex_lock", "pthread_mutex_unlock")
-    names = ("recv", "send", "poll", "time", "sched_yield", *mutex)
+    # of a file of any size, also where file offsets are 32 bits wide unless told otherwise
+    pread = "pread64" if hasattr(library, "pread64") else "pread"
+    names = ("recv", "send", "poll", "time", "sched_yield", pread, "memcpy", *mutex)
     return np.array([address_of(getattr(library, name)) for name in names], np.int64)
 
 
@@ -112,6 +114,17 @@ def _ready(functions: Array, fd: int, events: int, timeout_ms: int) -> int:
     if count > 0:
         return DONE
     return TIMED_OUT if count == 0 else INTERRUPTED
+
+
+@kernel
+def copy_bytes(functions: Array, source: Array, target: Array) -> None:
+    """target[:] = source, uint8, which do not overlap. numba's own loop does a byte at a time."""
+    call_3(
+        functions[MEMCPY],
+        np.int64(target.ctypes.data),
+        np.int64(source.ctypes.data),
+        np.int64(source.shape[0]),
+    )
 
 
 @kernel

@@ -32,7 +32,8 @@ def _typed_bitcast(typingctx: Any, bits: Any) -> Any:
     return types.float32(types.int32), emit
 
 
-_float_of_bits: Any = intrinsic(_typed_bitcast)
+#: the float32 with the bits of an int32
+float_of_bits: Any = intrinsic(_typed_bitcast)
 
 
 @float_kernel
@@ -52,7 +53,7 @@ def _exp(x: np.float32) -> np.float32:
     y = np.float32(y * r + np.float32(1.6666665459e-1))
     y = np.float32(y * r + np.float32(5.0000001201e-1))
     y = np.float32(y * r * r + r + np.float32(1.0))
-    return np.float32(y * _float_of_bits(np.int32((np.int32(n) + np.int32(127)) << np.int32(23))))
+    return np.float32(y * float_of_bits(np.int32((np.int32(n) + np.int32(127)) << np.int32(23))))
 
 
 @float_kernel

@@ -14,9 +14,10 @@ import numpy as np
 from Crypto.Cipher import AES
 from numpy.typing import NDArray
 
+from otpipe.kernels import aes_native
+from otpipe.kernels.aes_planes import expand_keys
 from otpipe.kernels.cpu import parallel_for
-from otpipe.ot import aes_native, extension_kernels
-from otpipe.ot.aes_planes import expand_keys
+from otpipe.ot import extension_kernels
 from otpipe.ot.extension import COTS_PER_AES_BLOCK, U64, TreeLayout
 from otpipe.ot.params import COT_ROUNDING
 

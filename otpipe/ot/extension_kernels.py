@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from otpipe.kernels.aes_native import GROUP, encrypt_group
 from otpipe.kernels.cpu import Array, kernel
-from otpipe.ot.aes_native import GROUP, encrypt_group
 
 WORDS_PER_GROUP = 2 * GROUP
 _LANES = 8  # words that one vector instruction transposes side by side

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from otpipe.kernels.aes_native import GROUP, encrypt_group
 from otpipe.kernels.cpu import Array, kernel
-from otpipe.ot.aes_native import GROUP, encrypt_group
 
 
 @kernel

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from otpipe.errors import ParameterError
-from otpipe.ot.aes_planes import expand_keys
+from otpipe.kernels.aes_planes import expand_keys
 from otpipe.ot.params import OtParams
 
 KEY_GROUP = 64

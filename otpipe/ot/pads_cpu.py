@@ -14,8 +14,9 @@ import numpy as np
 from Crypto.Cipher import AES
 from numpy.typing import NDArray
 
+from otpipe.kernels import aes_native
 from otpipe.kernels.cpu import parallel_for
-from otpipe.ot import aes_native, pad_kernels
+from otpipe.ot import pad_kernels
 from otpipe.ot.extension import U64
 from otpipe.ot.pads import TweakLedger, hash_key, round_keys
 

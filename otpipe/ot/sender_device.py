@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from otpipe.kernels.aes_planes import expand_keys, key_planes
 from otpipe.ot import torch_ops
-from otpipe.ot.aes_planes import expand_keys, key_planes
 from otpipe.ot.channel import Bytes
 from otpipe.ot.extension import COTS_PER_AES_BLOCK, TreeLayout
 from otpipe.ot.extension_kernels import spread_bits

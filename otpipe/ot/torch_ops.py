@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from otpipe.ot.aes_planes import encrypt_planes, to_planes
+from otpipe.kernels.aes_planes import encrypt_planes, to_planes
 
 
 def _encrypted(pairs: Tensor, key_planes: Tensor) -> Tensor:

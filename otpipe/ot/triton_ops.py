@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from otpipe.ot import aes_planes
+from otpipe.kernels import aes_planes
 
 F = TypeVar("F", bound=Callable[..., Tensor])
 

@@ -26,6 +26,7 @@ from otpipe.kernels.native_io import (
     UNLOCK,
     call_1,
     call_2,
+    copy_bytes,
     looks_before_sleep,
     new_mutex,
     receive_all,
@@ -142,12 +143,12 @@ def _product(
     """answer = W request; returns 0, or what the driver says."""
     held = np.int64(mutex.ctypes.data)
     call_1(functions[LOCK], held)
-    line_in[: request.shape[0]] = request
+    copy_bytes(functions, request, line_in)
     failed = np.int32(call_2(launch, handle, stream))
     if failed == 0:
         failed = np.int32(call_1(wait, stream))
     if failed == 0:
-        answer[:] = line_out[: answer.shape[0]]
+        copy_bytes(functions, line_out[: answer.shape[0]], answer)
     call_1(functions[UNLOCK], held)
     return int(failed)
 

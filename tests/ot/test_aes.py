@@ -12,8 +12,8 @@ import pytest
 import torch
 from Crypto.Cipher import AES
 
-from otpipe.ot import aes_native
-from otpipe.ot.aes_planes import encrypt_planes, expand_keys, key_planes, sub_bytes, to_planes
+from otpipe.kernels import aes_native
+from otpipe.kernels.aes_planes import encrypt_planes, expand_keys, key_planes, sub_bytes, to_planes
 
 FIPS_KEY = bytes.fromhex("000102030405060708090a0b0c0d0e0f")
 FIPS_PLAIN = bytes.fromhex("00112233445566778899aabbccddeeff")
@@ -93,8 +93,8 @@ _ONE_WIDTH = """
 import os
 import numpy as np
 from Crypto.Cipher import AES
-from otpipe.ot import aes_native
-from otpipe.ot.aes_planes import expand_keys
+from otpipe.kernels import aes_native
+from otpipe.kernels.aes_planes import expand_keys
 assert aes_native._WIDTH >= {width}
 aes_native._WIDTH = {width}
 key, plain = os.urandom(16), os.urandom(256)

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from ot_helpers import looks_uniform
 
 from otpipe.errors import ParameterError
-from otpipe.ot import aes_native, extension_kernels
+from otpipe.kernels import aes_native
+from otpipe.ot import extension_kernels
 from otpipe.ot.extension import TreeLayout, blocks_of, correction_bytes, rounded
 from otpipe.ot.extension_cpu import CpuExtensionReceiver, CpuExtensionSender
 from otpipe.ot.handshake import SenderSecrets

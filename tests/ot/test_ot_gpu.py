@@ -9,6 +9,7 @@ import pytest
 import torch
 from ot_helpers import both, make_pair, random_choices, random_values, reduced
 
+from otpipe.kernels.aes_planes import expand_keys, key_planes
 from otpipe.ot import (
     OtParams,
     ReceiveCorrelated,
@@ -18,7 +19,6 @@ from otpipe.ot import (
     sender_device,
     torch_ops,
 )
-from otpipe.ot.aes_planes import expand_keys, key_planes
 from otpipe.ot.extension import TreeLayout, correction_bytes
 from otpipe.ot.handshake import SenderSecrets
 from otpipe.ot.pads import TweakLedger, blocks_per_pad

@@ -11,7 +11,7 @@ import pytest
 from ot_helpers import block_int, field_product, random_words, reference_hash
 
 from otpipe.errors import ParameterError
-from otpipe.ot import aes_native
+from otpipe.kernels import aes_native
 from otpipe.ot.pads import TweakLedger, blocks_per_pad, hash_key, offset_table
 from otpipe.ot.pads_cpu import CpuHash, combine
 from otpipe.ot.params import OtParams

@@ -11,7 +11,8 @@ import torch
 from ot_helpers import Pair, both, looks_uniform, make_pair, no_row_repeats, recorded_pair
 from ot_views import TweakRecorder, choice_views, faults_of, message_views, send_zeros
 
-from otpipe.ot import aes_native, pads, pads_cpu, receiver, sender_cpu
+from otpipe.kernels import aes_native
+from otpipe.ot import pads, pads_cpu, receiver, sender_cpu
 from otpipe.ot.extension import TreeLayout
 from otpipe.ot.extension_cpu import CpuExtensionReceiver
 from otpipe.ot.pads import TweakLedger

@@ -1,0 +1,144 @@
+"""The decode step's direct exchange where the peer does anything but answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import build_checkpoint
+from servers import LocalServer, local_server
+
+from otpipe import Client
+from otpipe.client import row_executor, store_rows
+from otpipe.client.store_lease import PadReuseError
+from otpipe.errors import ServerRefused
+from otpipe.kernels.native_io import INTERRUPTED, TIMED_OUT
+from otpipe.server.lanes import Lane
+
+PROMPT = [5, 6, 7]
+NUM_TOKENS = 6
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def server(model: Path) -> Iterator[LocalServer]:
+    with local_server(model) as serving:
+        yield serving
+
+
+@pytest.fixture
+def client(server: LocalServer, tmp_path: Path) -> Iterator[Client]:
+    with Client(server.address, tmp_path) as opened:
+        opened.prepare(64)
+        yield opened
+
+
+@pytest.fixture
+def expected(client: Client) -> list[int]:
+    return list(client.generate_ids(PROMPT, NUM_TOKENS))
+
+
+def test_rows_by_frames_give_the_same(
+    client: Client, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under TLS, where there are no plain bytes to be had."""
+    monkeypatch.setattr(type(client._link), "plain_connection", lambda self: None)
+    assert list(client.generate_ids(PROMPT, NUM_TOKENS)) == expected
+
+
+def test_slots_read_call_by_call_give_the_same(
+    client: Client, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a processor without AES instructions."""
+    monkeypatch.setattr(store_rows, "NATIVE", False)
+    assert list(client.generate_ids(PROMPT, NUM_TOKENS)) == expected
+
+
+@pytest.mark.parametrize("filled", [0, 10])
+def test_a_silent_server_is_left_for_a_new_connection(
+    client: Client, expected: list[int], monkeypatch: pytest.MonkeyPatch, filled: int
+) -> None:
+    calls = []
+    genuine = row_executor.receive_opened
+
+    def silent_once(*args: object) -> object:
+        calls.append(args)
+        return (TIMED_OUT, filled) if len(calls) == 4 else genuine(*args)
+
+    monkeypatch.setattr(row_executor, "receive_opened", silent_once)
+    assert list(client.generate_ids(PROMPT, NUM_TOKENS)) == expected
+
+
+def test_a_signal_between_two_pieces_loses_nothing(
+    client: Client, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    genuine = row_executor.receive_opened
+
+    def interrupted_first(*args: object) -> object:
+        calls.append(args)
+        return (INTERRUPTED, 0) if len(calls) % 2 else genuine(*args)
+
+    monkeypatch.setattr(row_executor, "receive_opened", interrupted_first)
+    assert list(client.generate_ids(PROMPT, NUM_TOKENS)) == expected
+
+
+def test_after_ctrl_c_no_later_request_takes_the_answer(
+    client: Client, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(row_executor, "receive_opened", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(client.generate_ids(PROMPT, NUM_TOKENS))
+    assert list(client.generate_ids(PROMPT, NUM_TOKENS)) == expected
+
+
+def test_a_refusal_is_told(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = client.generate_ids(PROMPT, NUM_TOKENS)
+    next(tokens)
+
+    def refuse(*args: object) -> None:
+        raise ServerRefused("no more for you")
+
+    monkeypatch.setattr(Lane, "linear", refuse)
+    with pytest.raises(ServerRefused, match="no more for you"):
+        list(tokens)
+
+
+def test_a_reader_gives_what_the_lease_would_have_given_and_once(client: Client) -> None:
+    store = client.row_executor._store
+    first, second = store.draw(1), store.draw(1)
+    reader = first.row_reader()
+    assert reader is not None, "this test needs AES instructions"
+    pads, corrections = [reader.first_pad()], []
+    for _ in client.bundle.spec.maps:
+        correction, pad = reader.advance()
+        corrections.append(correction)
+        pads.append(pad)
+    assert pads.pop().size == 0
+    with pytest.raises(PadReuseError):
+        first.masks(0)
+    with pytest.raises(PadReuseError):
+        first.corrections(0)
+    with pytest.raises((AssertionError, IndexError)):
+        reader.advance()
+    batch, slot = first.spans[0].batch, first.spans[0].first_slot
+    for m, pad, correction in zip(client.bundle.spec.maps, pads, corrections, strict=True):
+        np.testing.assert_array_equal(pad, batch.pads(m.index, slot, 1)[0])
+        np.testing.assert_array_equal(correction, batch.corrections(m.index, slot, 1)[0])
+    second.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        late = store.draw(1)
+        late_reader = late.row_reader()
+        assert late_reader is not None
+        late.close()
+        late_reader.first_pad()
