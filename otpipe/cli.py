@@ -1,4 +1,4 @@
-"""``otpipe prepare|generate|info|slots``: the client on the command line."""
+"""``otpipe prepare|generate|chat|info|slots``: the client on the command line."""
 
 from __future__ import annotations
 
@@ -234,6 +234,34 @@ def generate(
         _finish(client.last, as_json)
 
 
+@main.command()
+@connection_options
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, help="Of an answer.")
+@click.option("--temperature", type=float, default=0.0, help="0 is greedy.")
+@click.option("--top-p", type=float, default=1.0)
+@click.option("--top-k", type=int, default=0, help="0 switches it off.")
+@ends_cleanly
+def chat(
+    connection: Connection, max_new_tokens: int, temperature: float, top_p: float, top_k: int
+) -> None:
+    """Talk with the model: a line is a turn, the end of the input ends it."""
+    from otpipe.client.chat import Chat
+    from otpipe.client.sampling import SamplingParams
+
+    params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=None)
+    with connection.open() as client:
+        conversation = Chat(client, max_new_tokens, params)
+        while True:
+            click.echo("> ", nl=False, err=True)
+            line = sys.stdin.readline()
+            if not line.strip():
+                click.echo(err=True)
+                return
+            for piece in conversation.say(line.rstrip("\n")):
+                click.echo(_for_terminal(piece) if sys.stdout.isatty() else piece, nl=False)
+            click.echo()
+
+
 def _for_terminal(text: str) -> str:
     """Without control characters: the model, which the server chose, could steer the terminal."""
     return text.translate(_TERMINAL_CONTROLS)
@@ -253,6 +281,12 @@ def _finish(generation: Generation | None, as_json: bool) -> None:
         f"{stats.slots_used} slots used",
         err=True,
     )
+    for name, cost in generation.operations.items():
+        click.echo(
+            f"otpipe: {name}: {cost['seconds']:.1f} s, {cost['bytes_sent'] / 1e6:.2f} MB up, "
+            f"{cost['bytes_received'] / 1e6:.2f} MB down, {cost['rounds']:.0f} rounds",
+            err=True,
+        )
 
 
 def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:

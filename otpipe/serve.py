@@ -10,10 +10,11 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import click
 
-from otpipe.errors import OtpipeError, RankDied, UsageError
+from otpipe.errors import OtpipeError, RankDied
 from otpipe.server.shutdown import ECHO_PATIENCE_S, EXIT_RANK_DIED, EXIT_USAGE, Shutdown
 
 log = logging.getLogger("otpipe.serve")
@@ -46,7 +47,12 @@ class World:
 
 @click.command(context_settings={"show_default": True})
 @click.option("--model", required=True, help="Checkpoint directory, or 'sample'.")
-@click.option("--weights", type=click.Choice(["public", "private"]), default="public")
+@click.option(
+    "--weights",
+    type=click.Choice(["private", "public"]),
+    default="private",
+    help="Private: clients learn their logits only. Public: for open weights, far faster.",
+)
 @click.option("--host", default="127.0.0.1", help="Address to listen on.")
 @click.option("--port", type=int, default=7431, help="0 picks a free port.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
@@ -69,7 +75,7 @@ class World:
 @click.option("--verbose", is_flag=True, help="Log every client's coming and going.")
 def main(
     model: str,
-    weights: str,
+    weights: Literal["private", "public"],
     host: str,
     port: int,
     device: str,
@@ -98,11 +104,6 @@ def main(
         # Until the plan stands, all ranks meet the same error, and the gateway tells it for all.
         first_speaker = 0
         try:
-            if weights == "private":
-                raise UsageError(
-                    "--weights private is not there yet: this release serves public weights "
-                    "only; start with --weights public"
-                )
             from otpipe.server.gateway import ListenOptions
             from otpipe.server.launch import RankOptions, RankPlan, serve_rank
 
@@ -124,6 +125,7 @@ def main(
                         insecure_plaintext=insecure_plaintext,
                         max_clients=max_clients,
                     ),
+                    weights=weights,
                 )
             )
             first_speaker = world.rank

@@ -104,6 +104,28 @@ def test_generate_prints_text_on_stdout_and_figures_on_stderr(
     assert json.loads(as_json.stdout)["text"] + "\n" == text.stdout
 
 
+def test_chat_answers_a_line_at_a_time_and_feeds_what_is_new(
+    server: LocalServer, store: Path
+) -> None:
+    where = ("--server", server.address, "--store", str(store), "--max-new-tokens", "3")
+    free = free_slots(store)
+    ended = run("chat", *where, stdin=b"In the beginning\n and the earth\n\n")
+    assert ended.exit_code == 0, ended.stderr
+    lines = ended.stdout.splitlines()
+    assert len(lines) == 2, ended.stdout
+    alone = generate(server, store, "--prompt", "In the beginning", "--max-new-tokens", "3")
+    assert lines[0] == alone.stdout.rstrip("\n")
+    with Client(server.address, store) as client:
+        turns = [client.encode("In the beginning"), client.encode(" and the earth")]
+    # 3 tokens an answer, of which the last is fed with the next turn; `generate` spent the same.
+    first = len(turns[0]) + 2
+    assert free - free_slots(store) == 2 * first + (1 + len(turns[1])) + 2
+
+
+def free_slots(store: Path) -> int:
+    return int(json.loads(run("slots", "--store", str(store), "--json").stdout)[0]["slots_free"])
+
+
 def test_json_has_exactly_the_documented_keys(server: LocalServer, store: Path) -> None:
     ended = generate(server, store, "--prompt", "In the beginning", "--json")
     generation = json.loads(ended.stdout)

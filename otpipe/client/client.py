@@ -2,47 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from otpipe.client.generation import Generation, OnlineMeter
+from otpipe.client.generation import Generation, OnlineMeter, Text
 from otpipe.client.link import LinkOptions, ServerAddress, ServerLink
-from otpipe.client.masked_executor import MaskedExecutor
-from otpipe.client.preparation import PreparationReport, Progress, prepare_slots
+from otpipe.client.mode import Mode
+from otpipe.client.preparation import PreparationReport, Progress
 from otpipe.client.prompt import PromptEncoder
-from otpipe.client.row_executor import RowExecutor
-from otpipe.client.row_streams import RowStreams
+from otpipe.client.public_mode import PublicMode
 from otpipe.client.sampling import Sampler, SamplingParams
-from otpipe.client.store import MapShape, PadStore, SlotDamaged, default_root
+from otpipe.client.store import default_root
 from otpipe.client.text_stream import TextStream
 from otpipe.errors import ConnectionLost, FingerprintMismatch, ProtocolError, UsageError
-from otpipe.model.bundle import ModelBundle
-from otpipe.model.clear_ops import KVCache
-from otpipe.model.program import LogitsFor, forward
-from otpipe.protocol.messages import Bundle, GetBundle, MessageType
-from otpipe.protocol.wire import MAX_PAYLOAD_BYTES, Header
+
+if TYPE_CHECKING:
+    from otpipe.model.bundle import ModelBundle
+    from otpipe.model.private_bundle import PrivateBundle
 
 log = logging.getLogger("otpipe.client")
-
-PREFILL_ROWS = 512
-"""Prompt positions that go through the model at once; bounds the memory of a long prompt."""
 
 DEFAULT_BATCH_SLOTS = 2048
 
 MIN_FINGERPRINT_DIGITS = 32
 """Of a fingerprint that the user gives; another model that agrees in 16 could be searched for."""
-
-MAX_DAMAGED_PASSES = 3
-"""Passes that may fail on damaged slots before the client gives up."""
 
 
 class Client:
@@ -81,26 +71,12 @@ class Client:
         self._link = ServerLink(self._options)
         try:
             self._check_fingerprint(fingerprint)
-            self.bundle = self._load_bundle()
-            shapes = tuple(
-                MapShape(m.index, m.in_features, m.out_features, m.ring_bytes)
-                for m in self.bundle.spec.maps
-            )
-            self._store = PadStore.open(
-                self._root / "pads",
-                self.bundle.fingerprint,
-                shapes,
-                on_warning=lambda problem: log.warning("%s", problem),
-            )
+            self.mode = self._open_mode()
         except BaseException:
             self._link.close()
             raise
+        self._store = self.mode.store
         self._encoder: PromptEncoder | None = None
-        self.executor = MaskedExecutor(self.bundle, self._store, self._link)
-        self.row_executor = RowExecutor(self.bundle, self._store, self._link)
-        self._streams = RowStreams(
-            self.bundle, self._store, self._link, self._options, self.executor
-        )
         self.last: Generation | None = None
         """The latest generation, complete or not."""
 
@@ -120,14 +96,20 @@ class Client:
     def close(self) -> None:
         """Leave the server and unlock the store. Safe to call twice."""
         self._link.close()
-        self._store.close()
+        self.mode.close()
 
     # -- facts -----------------------------------------------------------------------------------
 
     @property
+    def bundle(self) -> ModelBundle | PrivateBundle:
+        """The server's public description of its model."""
+        return self.mode.bundle
+
+    @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the server's model; pads are bound to it."""
-        return self.bundle.fingerprint
+        """What pads are bound to, hex: the SHA-256 of a public model; with private weights a
+        random number of this start of the server."""
+        return self.mode.fingerprint
 
     @property
     def free_slots(self) -> int:
@@ -136,23 +118,18 @@ class Client:
 
     def info(self) -> dict[str, object]:
         """The server's model and this client's slots, as plain values."""
-        spec, welcome = self.bundle.spec, self._link.welcome
-        up = sum(m.in_features * m.ring_bytes for m in spec.maps)
-        down = sum(m.out_features * m.ring_bytes for m in spec.maps)
+        spec, welcome = self.mode.spec, self._link.welcome
         return {
             "server": welcome.server,
             "weights": welcome.weights,
             "ranks": welcome.num_ranks,
-            "fingerprint": self.bundle.fingerprint,
+            "fingerprint": self.fingerprint,
             "family": spec.family,
             "layers": spec.num_layers,
             "hidden_size": spec.hidden_size,
             "vocab_size": spec.vocab_size,
-            "max_positions": spec.max_positions,
-            "bytes_up_a_token": up,
-            "bytes_down_a_token": down,
-            "round_trips_a_token": len(spec.maps),
-            "store_bytes_a_slot": down,
+            "max_positions": self.mode.max_positions,
+            **self.mode.costs(),
             "free_slots": self.free_slots,
         }
 
@@ -167,7 +144,7 @@ class Client:
         """
         if num_slots < 1:
             raise UsageError(f"{num_slots} slots were asked for; ask for at least 1")
-        return prepare_slots(self._store, self.bundle, self._options, num_slots, self._on_prepare)
+        return self.mode.prepare(num_slots, self._on_prepare)
 
     def forward(self, token_ids: Sequence[int]) -> Tensor:
         """Logits of every position of one sequence.
@@ -180,10 +157,10 @@ class Client:
         """
         tokens = [int(token) for token in token_ids]
         self._ensure_slots(len(tokens))
-        cache = self.executor.new_cache()
+        cache, step = self.mode.new_cache(), self.mode.prefill_rows
         parts = [
-            self._pass(tokens[first : first + PREFILL_ROWS], cache, "all")
-            for first in range(0, max(1, len(tokens)), PREFILL_ROWS)
+            self.mode.forward(tokens[first : first + step], cache, "all")
+            for first in range(0, max(1, len(tokens)), step)
         ]
         return torch.cat([part for part in parts if part is not None])
 
@@ -220,7 +197,7 @@ class Client:
         """
         params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         prompt_ids = self.encode(prompt, raw=raw)
-        return self._generate_text(prompt_ids, max_new_tokens, params, hide_length)
+        return self.generate_text(prompt_ids, max_new_tokens, params, hide_length=hide_length)
 
     def generate_ids(
         self,
@@ -230,6 +207,7 @@ class Client:
         params: SamplingParams | None = None,
         stop_token_ids: Collection[int] = (),
         hide_length: bool = False,
+        text: Text | None = None,
     ) -> Iterator[int]:
         """Generate token by token, without a tokenizer; see :meth:`generate`.
 
@@ -237,29 +215,59 @@ class Client:
             prompt_ids: at least one token id of the model.
             params: sampling; None is greedy.
             stop_token_ids: end at one of these; it is not yielded.
+            text: from :meth:`new_text`, to go on with; the prompt begins with what it has, and has
+                at least one token more. None: a new one.
         """
         if max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {max_new_tokens}; ask for at least 1")
-        room = self.bundle.spec.max_positions - len(prompt_ids)
+        room = self.mode.max_positions - len(prompt_ids)
         if room < 0:
             raise UsageError(
                 f"the prompt has {len(prompt_ids)} tokens and the model "
-                f"{self.bundle.spec.max_positions} positions; shorten the prompt"
+                f"{self.mode.max_positions} positions; shorten the prompt"
             )
         # The last token generated is never fed back, so it needs neither position nor slot.
         limit = min(max_new_tokens, room + 1)
         sampler = Sampler(params or SamplingParams())
-        return self._generate_ids(list(prompt_ids), limit, sampler, stop_token_ids, hide_length)
+        prompt = [int(token) for token in prompt_ids]
+        if text is None:
+            text = self.new_text()
+        known = len(text.token_ids)
+        if prompt[:known] != text.token_ids or (known and known == len(prompt)):
+            raise UsageError(
+                f"a prompt of {len(prompt)} tokens does not go on with a text of {known}; begin a "
+                "new text"
+            )
+        return self._generate_ids(prompt, text, limit, sampler, stop_token_ids, hide_length)
 
-    def encode(self, prompt: str, *, raw: bool = False) -> list[int]:
-        """Token ids of a prompt, with the model's chat template unless ``raw``."""
-        return self._prompt_encoder().encode(prompt, raw=raw)
+    def new_text(self) -> Text:
+        """An empty text for :meth:`generate_ids`; it grows with what is fed to the model."""
+        return Text(self.mode.new_cache())
 
-    # -- inside ----------------------------------------------------------------------------------
+    def encode(
+        self, prompt: str, *, raw: bool = False, history: Sequence[tuple[str, str]] = ()
+    ) -> list[int]:
+        """Token ids of a prompt, with the model's chat template unless ``raw``.
 
-    def _generate_text(
-        self, prompt_ids: list[int], max_new_tokens: int, params: SamplingParams, hide_length: bool
+        ``history``: turns before it, (role, text) each, for the template.
+        """
+        return self._prompt_encoder().encode(prompt, raw=raw, history=history)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model's files say how a conversation is written."""
+        return self._prompt_encoder().has_chat_template
+
+    def generate_text(
+        self,
+        prompt_ids: list[int],
+        max_new_tokens: int,
+        params: SamplingParams,
+        *,
+        hide_length: bool = False,
+        text: Text | None = None,
     ) -> Iterator[str]:
+        """:meth:`generate_ids`, as text: pieces that never end inside a character."""
         encoder = self._prompt_encoder()
         stream = TextStream(encoder.tokenizer)
         tokens = self.generate_ids(
@@ -268,6 +276,7 @@ class Client:
             params=params,
             stop_token_ids=encoder.stop_token_ids,
             hide_length=hide_length,
+            text=text,
         )
         for token in tokens:
             piece = stream.push(token)
@@ -281,22 +290,24 @@ class Client:
         if rest:
             yield rest
 
+    # -- inside ----------------------------------------------------------------------------------
+
     def _generate_ids(
         self,
         prompt_ids: list[int],
+        text: Text,
         limit: int,
         sampler: Sampler,
         stop_token_ids: Collection[int],
         hide_length: bool,
     ) -> Iterator[int]:
         generation = self.last = Generation(prompt_tokens=len(prompt_ids))
-        generation.stats.prepare_s = self._ensure_slots(len(prompt_ids) + limit - 1)
-        meter = OnlineMeter(self._link, self._slots_used, generation)
-        cache = self.executor.new_cache()
-        pending = prompt_ids
+        pending = prompt_ids[len(text.token_ids) :]
+        generation.stats.prepare_s = self._ensure_slots(len(pending) + limit - 1)
+        meter = OnlineMeter(self.mode, generation)
         try:
             while generation.finish_reason is None:
-                token = sampler.choose(self._next_logits(pending, cache))
+                token = sampler.choose(self._next_logits(pending, text))
                 pending = [token]
                 meter.token_done()
                 if token in stop_token_ids:
@@ -304,7 +315,7 @@ class Client:
                     if hide_length:
                         # The same steps as before, so that a wrong answer ends both alike.
                         for _ in range(limit - len(generation.token_ids) - 1):
-                            token = sampler.choose(self._next_logits([token], cache))
+                            token = sampler.choose(self._next_logits([token], text))
                     break
                 generation.token_ids.append(token)
                 if len(generation.token_ids) == limit:
@@ -316,30 +327,14 @@ class Client:
         finally:
             meter.stop()
 
-    def _pass(self, token_ids: list[int], cache: KVCache, wanted: LogitsFor) -> Tensor | None:
-        """One pass of the program; repeated on fresh slots where the disk lost a correction."""
-        for _ in range(MAX_DAMAGED_PASSES):
-            try:
-                return self._forward(token_ids, cache, wanted)
-            except SlotDamaged as error:
-                log.warning("%s; repeating the pass with other slots", error)
-        return self._forward(token_ids, cache, wanted)
-
-    def _forward(self, token_ids: list[int], cache: KVCache, wanted: LogitsFor) -> Tensor | None:
-        if len(token_ids) > 1:
-            return self._streams.forward(token_ids, cache, wanted)
-        logits = forward(self.row_executor, token_ids, cache, wanted)
-        return None if logits is None else torch.from_numpy(logits)
-
-    def _slots_used(self) -> int:
-        return self.executor.slots_used + self.row_executor.slots_used
-
-    def _next_logits(self, token_ids: list[int], cache: KVCache) -> np.ndarray:
-        """float32 (vocab,) after ``token_ids``; a long prompt goes in chunks."""
-        for first in range(0, len(token_ids), PREFILL_ROWS):
-            chunk = token_ids[first : first + PREFILL_ROWS]
-            last = first + PREFILL_ROWS >= len(token_ids)
-            logits = self._pass(chunk, cache, "last" if last else "none")
+    def _next_logits(self, token_ids: list[int], text: Text) -> np.ndarray:
+        """float32 (vocab,) after ``token_ids`` more; a long prompt goes in chunks."""
+        step = self.mode.prefill_rows
+        for first in range(0, len(token_ids), step):
+            last = first + step >= len(token_ids)
+            chunk = token_ids[first : first + step]
+            logits = self.mode.forward(chunk, text.cache, "last" if last else "none")
+            text.token_ids += chunk
         assert logits is not None
         return logits[0].numpy()
 
@@ -350,15 +345,15 @@ class Client:
             return 0.0
         log.info("%d slots are missing; preparing", missing)
         # The upload costs the same for a batch of any size, so a full one is the better bargain.
-        return self.prepare(max(missing, DEFAULT_BATCH_SLOTS)).seconds
+        return self.prepare(max(missing, self.mode.batch_slots)).seconds
 
     def _prompt_encoder(self) -> PromptEncoder:
         if self._encoder is None:
             self._encoder = PromptEncoder(
-                self.bundle.files,
+                self.mode.files,
                 self._root / "models",
-                self.bundle.fingerprint,
-                vocab_size=self.bundle.spec.vocab_size,
+                self.fingerprint,
+                vocab_size=self.mode.spec.vocab_size,
             )
         return self._encoder
 
@@ -379,43 +374,16 @@ class Client:
                 "name a server of those, or check the fingerprint"
             )
 
-    def _load_bundle(self) -> ModelBundle:
-        """The public description from the cache, or from the server."""
-        welcome = self._link.welcome
-        path = self._root / "models" / f"{welcome.bundle_sha256.hex()}.bundle"
-        data = path.read_bytes() if path.is_file() else b""
-        if hashlib.sha256(data).digest() != welcome.bundle_sha256:
-            data = self._download_bundle(welcome.bundle_bytes, welcome.bundle_sha256)
-            _write_atomically(path, data)
-        bundle = ModelBundle.from_bytes(data)
-        if bundle.fingerprint != welcome.fingerprint:
-            raise ProtocolError(
-                f"the server announced weights {welcome.fingerprint[:16]} and described "
-                f"{bundle.fingerprint[:16]}; it contradicts itself, use another server"
-            )
-        return bundle
+    def _open_mode(self) -> Mode:
+        """Public or private weights, as the server says."""
+        weights = self._link.welcome.weights
+        if weights == "public":
+            return PublicMode(self._link, self._options, self._root)
+        if weights == "private":
+            from otpipe.client.private_mode import PrivateMode  # a few hundred ms, for who needs it
 
-    def _download_bundle(self, num_bytes: int, sha256: bytes) -> bytes:
-        if num_bytes > MAX_PAYLOAD_BYTES:
-            raise ProtocolError(
-                f"the server announced a model description of {num_bytes} bytes; at most "
-                f"{MAX_PAYLOAD_BYTES} are accepted"
-            )
-
-        def due(header: Header) -> int:
-            Bundle.parse(header)
-            return num_bytes
-
-        data = self._link.request(GetBundle(), b"", MessageType.BUNDLE, due).tobytes()
-        if hashlib.sha256(data).digest() != sha256:
-            raise ProtocolError(
-                "the model description does not have the hash that the server announced; try again"
-            )
-        return data
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(data)
-    partial.replace(path)
+            return PrivateMode(self._link, self._options, self._root)
+        raise ProtocolError(
+            f"the server serves weights of kind {weights!r:.40}, which this client does not know; "
+            "install the otpipe release of the server"
+        )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from otpipe.client.link import ServerLink
+from otpipe.client.mode import Mode
 
 FinishReason = Literal["stop", "length", "connection_lost"]
 
@@ -20,7 +19,7 @@ class GenerationStats:
         tokens_per_s: generated tokens after the first, over the time they took.
         bytes_sent, bytes_received: on the wire, from the first masked row to the last.
         round_trips: requests answered.
-        slots_used: pads spent, one a token position.
+        slots_used: slots spent, one a token position.
         prepare_s: time spent preparing slots inside this call.
         prefill_s: time from the first masked row to the first token.
     """
@@ -43,25 +42,39 @@ class Generation:
     prompt_tokens: int = 0
     finish_reason: FinishReason | None = None
     stats: GenerationStats = field(default_factory=GenerationStats)
+    operations: dict[str, dict[str, float]] = field(default_factory=dict)
+    """With private weights: seconds, bytes and rounds by operation of the program."""
 
     def to_dict(self) -> dict[str, object]:
         """Plain values, as ``otpipe generate --json`` prints them."""
-        return asdict(self)
+        values = asdict(self)
+        return values if self.operations else {k: values[k] for k in values if k != "operations"}
+
+
+@dataclass
+class Text:
+    """A text as the model knows it.
+
+    Attributes:
+        cache: keys and values of its tokens, in the mode's own representation.
+        token_ids: those in the cache.
+    """
+
+    cache: Any
+    token_ids: list[int] = field(default_factory=list)
 
 
 class OnlineMeter:
     """Fills in the figures of a generation as it goes."""
 
-    def __init__(
-        self, link: ServerLink, slots_used: Callable[[], int], generation: Generation
-    ) -> None:
-        """``slots_used``: how many slots the client has drawn so far."""
-        self._link = link
-        self._count_slots = slots_used
+    def __init__(self, mode: Mode, generation: Generation) -> None:
+        self._mode = mode
+        self._generation = generation
         self._stats = generation.stats
-        self._traffic = link.current_traffic()
-        self._round_trips = link.round_trips
-        self._slots_used = slots_used()
+        self._traffic = mode.current_traffic()
+        self._round_trips = mode.round_trips
+        self._slots_used = mode.slots_used
+        self._operations = mode.operations()
         self._started_s = time.monotonic()
         self._first_token_s: float | None = None
         self._tokens = 0
@@ -76,8 +89,13 @@ class OnlineMeter:
             self._stats.tokens_per_s = (self._tokens - 1) / (now_s - self._first_token_s)
 
     def stop(self) -> None:
-        traffic = self._link.current_traffic()
+        traffic = self._mode.current_traffic()
         self._stats.bytes_sent = traffic.bytes_sent - self._traffic.bytes_sent
         self._stats.bytes_received = traffic.bytes_received - self._traffic.bytes_received
-        self._stats.round_trips = self._link.round_trips - self._round_trips
-        self._stats.slots_used = self._count_slots() - self._slots_used
+        self._stats.round_trips = self._mode.round_trips - self._round_trips
+        self._stats.slots_used = self._mode.slots_used - self._slots_used
+        for name, totals in self._mode.operations().items():
+            before = self._operations.get(name, {})
+            self._generation.operations[name] = {
+                key: value - before.get(key, 0) for key, value in totals.items()
+            }

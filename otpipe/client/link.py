@@ -29,6 +29,7 @@ from otpipe.errors import (
     one_line,
 )
 from otpipe.protocol.messages import Error, Hello, Message, MessageType, Welcome, send_message
+from otpipe.protocol.private_messages import Attach, Attached
 from otpipe.protocol.sockets import tune_socket
 from otpipe.protocol.wire import Buffer, FrameConnection, Header, Traffic
 
@@ -218,6 +219,21 @@ class ServerLink:
         """
         connection = self._live()
         return None if connection.descriptor < 0 or connection.has_unread else connection
+
+    def attach(self, rank: int) -> FrameConnection:
+        """Tie the connection to one rank of a server with private weights.
+
+        No request is repeated on it from then on. Raises as :meth:`request`.
+        """
+
+        def due(header: Header) -> int:
+            if Attached.parse(header).rank != rank:
+                raise ProtocolError(f"the server attached this client to another rank than {rank}")
+            return 0
+
+        self.request(Attach(rank), b"", MessageType.ATTACHED, due)
+        assert self._connection is not None, "the answer came over it"
+        return self._connection
 
     def drop(self) -> None:
         """Leave the connection, on which an answer may be under way that nobody is to take."""

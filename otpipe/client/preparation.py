@@ -128,7 +128,7 @@ def prepare_slots(
     total = sum(plan.wire_bytes for plan in plans)
     done = 0
     sent = received = 0
-    clock = _StageClock()
+    clock = StageClock()
     lock = threading.Lock()
 
     def advance(num_bytes: int) -> None:
@@ -156,7 +156,7 @@ def prepare_slots(
     )
 
 
-class _StageClock:
+class StageClock:
     """Adds up what every stage takes, over all threads."""
 
     def __init__(self) -> None:
@@ -224,7 +224,7 @@ class _Batch:
         options: LinkOptions,
         writer: BatchWriter,
         advance: Callable[[int], None],
-        clock: _StageClock,
+        clock: StageClock,
     ) -> None:
         self._plan = plan
         self._bundle = bundle
@@ -282,7 +282,7 @@ class _Batch:
 
     def _exchange_with_retries(self, link: ServerLink, plan: _MapPlan) -> None:
         for attempt in range(1, MAX_TRIES_A_MAP + 1):
-            done_before = _Meter(self._advance)
+            done_before = ProgressMeter(self._advance)
             try:
                 return self._exchange(link, plan, done_before)
             except ConnectionLost as error:
@@ -292,7 +292,7 @@ class _Batch:
                 link.restore(error)
         return None
 
-    def _exchange(self, link: ServerLink, plan: _MapPlan, meter: _Meter) -> None:
+    def _exchange(self, link: ServerLink, plan: _MapPlan, meter: ProgressMeter) -> None:
         """Upload one map's encrypted pads and store the decrypted answers.
 
         Every try draws a fresh ``a_key``: two ciphertexts with the same a and secret would reveal
@@ -327,12 +327,12 @@ class _Batch:
         self._receive(link, plan, secret, meter)
 
     def _receive(
-        self, link: ServerLink, plan: _MapPlan, secret: BatchSecret, meter: _Meter
+        self, link: ServerLink, plan: _MapPlan, secret: BatchSecret, meter: ProgressMeter
     ) -> None:
         params, slots = plan.params, self._plan.num_slots
         group_bytes = 2 * params.ring_degree * params.answer_bytes
         pack = params.ring_degree // slots
-        buffer = _Buffer()
+        buffer = PayloadBuffer()
         next_group = 0
         while next_group < plan.num_groups:
 
@@ -381,7 +381,7 @@ def _compile(plan: _Plan) -> None:
         transpose_and_sum(c_mT, np.empty_like(c_mT.T, order="C"), 0, weights, sums)
 
 
-class _Buffer:
+class PayloadBuffer:
     """Memory for one payload after another: fresh pages would cost as much as filling them."""
 
     def __init__(self) -> None:
@@ -393,7 +393,7 @@ class _Buffer:
         return self._held[:num_bytes]
 
 
-class _Meter:
+class ProgressMeter:
     """Progress of one try, which can be taken back when the try fails."""
 
     def __init__(self, advance: Callable[[int], None]) -> None:

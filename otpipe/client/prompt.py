@@ -13,7 +13,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,10 +131,13 @@ class PromptEncoder:
         """Whether :meth:`encode` without ``raw`` makes the prompt a turn of a conversation."""
         return bool(self.tokenizer.chat_template)
 
-    def encode(self, prompt: str, raw: bool = False) -> list[int]:
+    def encode(
+        self, prompt: str, raw: bool = False, history: Sequence[tuple[str, str]] = ()
+    ) -> list[int]:
         """Token ids of the prompt, at least one.
 
-        With a chat template the prompt becomes the user's turn and the assistant's is opened.
+        With a chat template the prompt becomes the user's turn, after the turns of ``history``
+        (role and text of each), and the assistant's is opened.
         Without one, or if ``raw``, it is encoded as it is, with the tokenizer's usual special
         tokens (such as a beginning-of-text token). An empty prompt is fine where this leaves any
         token. Raises UsageError for a prompt that cannot be used.
@@ -148,7 +151,7 @@ class PromptEncoder:
             ) from None
         if self.has_chat_template and not raw:
             with _checkpoint_error("The chat template of the model fails"):
-                token_ids = self._apply_chat_template(prompt)
+                token_ids = self._apply_chat_template([*history, ("user", prompt)])
         else:
             with _checkpoint_error("The tokenizer of the model cannot encode the prompt"):
                 # verbose: the caller checks the length by the model, not the tokenizer's guess.
@@ -183,9 +186,9 @@ class PromptEncoder:
             found.add(self.tokenizer.eos_token_id)
         return frozenset(found)
 
-    def _apply_chat_template(self, prompt: str) -> list[int]:
+    def _apply_chat_template(self, messages: Sequence[tuple[str, str]]) -> list[int]:
         token_ids: Any = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
+            [{"role": role, "content": content} for role, content in messages],
             add_generation_prompt=True,
             return_dict=False,
             tokenizer_kwargs={"verbose": False},

@@ -3,7 +3,7 @@
 The sum of a row x (m,) is ``seed + sum_j w_j x_j mod 2^64`` with odd 32-bit weights w_j that depend
 on the position j, and a seed that depends on batch, map and slot. It is additive, so a row that
 arrives in pieces and out of order is summed as it comes. Any change of one element changes the
-sum (w_j odd, |change| < 2^32), exchanged elements and rows of another slot, map or batch do too
+sum (w_j odd, so a unit mod 2^64), exchanged elements and rows of another slot, map or batch do too
 except with probability about 2^-32 or less, and a run of zeros does not match a table of zeros
 (the seed). It is made against bad disks and truncated copies, not against somebody who
 can write to the store: that person can read the pad key next to it.

@@ -36,7 +36,11 @@ DAMAGED = ".damaged"  # set aside without its key, kept for the user to look at
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _BATCH_DIR = re.compile(r"([0-9a-f]{32})(\.partial|\.spent|\.damaged)?")
-_ELEMENT_DTYPES: dict[int, np.dtype[Any]] = {1: np.dtype("u1"), 4: np.dtype("<u4")}
+_ELEMENT_DTYPES: dict[int, np.dtype[Any]] = {
+    1: np.dtype("u1"),
+    4: np.dtype("<u4"),
+    8: np.dtype("<u8"),
+}
 _PAD_ALIGNMENT = 16  # one AES block, so that every slot starts on a counter value
 
 
@@ -47,11 +51,11 @@ class MapShape:
     index: int
     in_features: int
     out_features: int
-    ring_bytes: int  # 1: Z mod 2^8, 4: Z mod 2^32
+    ring_bytes: int  # 1: Z mod 2^8, 4: Z mod 2^32, 8: Z mod 2^44 in 64-bit words
 
     def __post_init__(self) -> None:
         if self.ring_bytes not in _ELEMENT_DTYPES:
-            raise ValueError(f"ring_bytes of map {self.index} is {self.ring_bytes}; use 1 or 4")
+            raise ValueError(f"ring_bytes of map {self.index} is {self.ring_bytes}; use 1, 4 or 8")
         if not (0 <= self.index < 2**16):
             raise ValueError(f"map index {self.index} is outside 0..65535")
         for name in ("in_features", "out_features"):

@@ -117,11 +117,11 @@ class ModelBundle:
         be used with the other.
         """
         # One fixed order and msgpack's shortest encodings: the same model, the same bytes.
-        return hashlib.sha256(_encode(self._message())).hexdigest()
+        return hashlib.sha256(encode_message(self._message())).hexdigest()
 
     def to_bytes(self) -> bytes:
         """One msgpack message with raw little-endian arrays."""
-        return _encode({**self._message(), "fingerprint": self.fingerprint})
+        return encode_message({**self._message(), "fingerprint": self.fingerprint})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> ModelBundle:
@@ -129,7 +129,7 @@ class ModelBundle:
         if len(data) > MAX_BUNDLE_BYTES:
             raise _bad(f"{len(data)} bytes where at most {MAX_BUNDLE_BYTES} are allowed")
         try:
-            message = _decode(data)
+            message = decode_message(data)
         except (ValueError, msgpack.UnpackException, RecursionError) as error:
             raise _bad(f"no valid msgpack ({error!s:.60})") from None
         version = message.get("version") if isinstance(message, dict) else None
@@ -152,7 +152,7 @@ class ModelBundle:
                 PublicMap.from_message(entry, linear_map)
                 for entry, linear_map in zip(maps, spec.maps, strict=True)
             ),
-            files=_checked_files(fields["files"]),
+            files=checked_files(fields["files"]),
         )
         fingerprint = fields["fingerprint"]
         if not isinstance(fingerprint, str) or not _FINGERPRINT.fullmatch(fingerprint):
@@ -197,12 +197,13 @@ def read_public_files(directory: Path) -> dict[str, bytes]:
 # --- encoding ---------------------------------------------------------------------------------
 
 
-def _encode(message: Mapping[str, Any]) -> bytes:
+def encode_message(message: Mapping[str, Any]) -> bytes:
+    """One msgpack message of plain values."""
     packed: bytes = msgpack.packb(message, use_bin_type=True)
     return packed
 
 
-def _decode(data: bytes) -> Any:
+def decode_message(data: bytes) -> Any:
     """The values in ``data``; ValueError, before they pile up, for more than a bundle has."""
     entries = 0
 
@@ -250,7 +251,8 @@ def _fields(message: object, names: tuple[str, ...], what: str) -> dict[str, Any
     return message
 
 
-def _checked_files(files: object) -> dict[str, bytes]:
+def checked_files(files: object) -> dict[str, bytes]:
+    """Some of :data:`PUBLIC_FILES`, from a message; raises ProtocolError."""
     if not isinstance(files, dict):
         raise _bad("no table of files")
     for name, content in files.items():

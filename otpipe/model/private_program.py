@@ -85,7 +85,6 @@ class PrivateProgram:
     def __init__(self, description: PrivateDescription) -> None:
         self.description = description
         self.spec = description.spec
-        self._last_angles: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
 
     def new_cache(self) -> ShareCache:
         """An empty cache: the client needs one for all layers, a rank one for those it owns.

@@ -17,6 +17,7 @@ from otpipe.errors import CheckpointError
 from otpipe.model.checkpoint import Checkpoint, map_parts
 from otpipe.model.private_description import (
     MIN_EXPONENT,
+    RING_BITS,
     finest_exponent,
     scales,
     segments_of,
@@ -54,7 +55,7 @@ def load_private_maps(
 
     Every matrix is read twice, a bounded chunk at a time, so no second copy is held. ``progress``
     is called with the number of checkpoint bytes read since its last call, ``private_num_bytes``
-    in all. Raises CheckpointError for a NaN, an infinity, or weights beyond every scale.
+    in all. Raises CheckpointError for a NaN, an infinity, or weights or biases beyond every scale.
     """
     gains = checkpoint.load_norms()
     loaded = {}
@@ -103,15 +104,25 @@ def _load(
             " too large for the fixed-point formats; the checkpoint is damaged, download it again"
         )
     bias = checkpoint.load_bias(parts)
-    out_frac = scales(linear_map.kind)[1]
     return PrivateWeights(
         weight=quantised.weight,
         multipliers=quantised.multipliers,
-        bias=None
-        if bias is None
-        else (bias.double() * 2.0**out_frac).round().to(torch.int64).to(device),
+        bias=None if bias is None else _fixed_bias(linear_map, bias).to(device),
         exponents=quantised.exponents,
     )
+
+
+def _fixed_bias(linear_map: LinearMap, bias_m: Tensor) -> Tensor:
+    """int64, at the scale of the output's format; one beyond it would wrap without notice."""
+    out_frac = scales(linear_map.kind)[1]
+    limit = 2.0 ** (RING_BITS - 2 - out_frac)  # a bit of headroom, as all values in this ring
+    largest = float(bias_m.abs().max())
+    if largest >= limit:
+        raise CheckpointError(
+            f"map {linear_map.name} has a bias of magnitude {largest:g}, but the fixed-point "
+            f"formats hold magnitudes below {limit:g}; serve this model with public weights"
+        )
+    return (bias_m.double() * 2.0**out_frac).round().to(torch.int64)
 
 
 def _norm_before(linear_map: LinearMap) -> str | None:

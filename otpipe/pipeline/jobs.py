@@ -21,6 +21,7 @@ class Op(IntEnum):
     OLE_NEXT = 4
     OLE_DROP = 5
     DESCRIBE = 6
+    HAND_OVER = 7
     DONE = 100
     FAILED = 101
 
@@ -31,11 +32,13 @@ class JobHeader:
 
     Attributes:
         op: an :class:`Op`.
-        map_index: the linear map meant, or 0.
+        map_index: the linear map meant, or 0; the stage that a HAND_OVER is for.
         rows: rows of a LINEAR; slots of an OLE_BEGIN; count of an OLE_BLOCK; groups of an answer.
-        session: number of the preprocessing session on that rank.
-        first: first coordinate of an OLE_BLOCK; first group of an answer; -1 when there is none.
-        extra: upload bytes of an OLE_BEGIN.
+        session: number of the preprocessing session on that rank; of a HAND_OVER, the first half
+            of the client's session.
+        first: first coordinate of an OLE_BLOCK; first group of an answer; -1 when there is none;
+            the pass of a HAND_OVER.
+        extra: upload bytes of an OLE_BEGIN; of a HAND_OVER, the second half of the session.
         payload_bytes: length of the payload that follows; filled in by the transport.
         reserved: 0.
     """

@@ -16,6 +16,7 @@ message. The answer, or the next job, shows that it arrived; until then the tens
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Literal, NoReturn
@@ -34,6 +35,7 @@ TransportKind = Literal["gloo", "nccl"]
 IDLE_TIMEOUT = timedelta(days=365)
 
 _TAG = 0
+_HAND_OVER_TAG = 1
 _INLINE_BYTES = 1 << 20
 
 Answer = tuple[JobHeader, Tensor]
@@ -87,6 +89,7 @@ class Transport:
         assert group is not None, "init_process_group made the group"
         self._group = group
         self._sent: dict[int, list[tuple[dist.Work, Tensor]]] = {}
+        self._hand_over_lock = threading.Lock()
         # A tensor and the same memory as bytes, one pair a peer and direction.
         self._inboxes = {peer: self._message_buffer() for peer in range(world_size)}
         self._outboxes = {peer: self._message_buffer() for peer in range(world_size)}
@@ -144,6 +147,50 @@ class Transport:
                 self._send(peer, answer, result)
         except RuntimeError as error:
             raise RankDied(f"rank {peer} sent no job: {error}") from error
+
+    # -- from rank to rank -----------------------------------------------------------------------
+
+    def hand_over(self, peer: int, header: JobHeader, payload: Tensor) -> None:
+        """Give ``peer`` a share of a residual stream; for any thread.
+
+        Always over gloo and through host memory, also beside NCCL: NCCL knows no tags, so what two
+        ranks send each other in different threads could wait for each other for ever. A share is
+        some kilobytes a row.
+
+        Args:
+            payload: uint8 (bytes,), on any device, at least one.
+
+        Raises:
+            RankDied: the peer is gone.
+        """
+        message = torch.empty(HEADER_BYTES, dtype=torch.uint8)
+        header.write(memoryview(message.numpy()), payload.numel())  # type: ignore[arg-type]
+        try:
+            with self._hand_over_lock:
+                for part in (message, payload.cpu().contiguous()):
+                    self._group.send([part], peer, _HAND_OVER_TAG).wait()
+        except RuntimeError as error:
+            raise RankDied(f"rank {peer} took no share: {error}") from error
+
+    def take_over(self, peer: int, deliver: Callable[[JobHeader, Tensor], None]) -> NoReturn:
+        """Receive what ``peer`` hands over, for as long as it lives.
+
+        Args:
+            deliver: gets each header and payload, uint8 (bytes,) on the CPU.
+
+        Raises:
+            RankDied: the peer is gone.
+        """
+        message = torch.empty(HEADER_BYTES, dtype=torch.uint8)
+        try:
+            while True:
+                self._group.recv([message], peer, _HAND_OVER_TAG).wait()
+                header = JobHeader.read(memoryview(message.numpy()))  # type: ignore[arg-type]
+                payload = torch.empty(header.payload_bytes, dtype=torch.uint8)
+                self._group.recv([payload], peer, _HAND_OVER_TAG).wait()
+                deliver(header, payload)
+        except RuntimeError as error:
+            raise RankDied(f"rank {peer} handed nothing over: {error}") from error
 
     # -- messages --------------------------------------------------------------------------------
 

@@ -33,7 +33,7 @@ A_KEY_BYTES = 32
 
 
 class MessageType(IntEnum):
-    """Type numbers; requests below 128, answers from 128."""
+    """Type numbers; requests below 128, answers from 128. CHANNEL travels both ways."""
 
     HELLO = 1
     GET_BUNDLE = 2
@@ -41,12 +41,21 @@ class MessageType(IntEnum):
     OLE_BEGIN = 4
     OLE_BLOCK = 5
     PING = 6
+    ATTACH = 7
+    JOIN = 8
+    PASS = 9
+    PASS_DONE = 10
+    MASKED_BEGIN = 11
+    CHANNEL = 12
     WELCOME = 128
     BUNDLE = 129
     RESULT = 130
     OLE_ANSWER = 131
     PONG = 132
     OLE_READY = 133
+    ATTACHED = 134
+    JOINED = 135
+    PASS_READY = 136
     ERROR = 255
 
 

@@ -382,7 +382,7 @@ def _weights(
 def _inverse_sum(
     ops: SecureOperations, total_R: Share, num_positions: int, formats: DecoderFormats
 ) -> Step[Share]:
-    """1 / sum of weights; the sum is at least 0.98 (the largest weight) and at most 1.65 P."""
+    """1 / sum of weights; it is at least 0.77, the largest weight, and at most 1.65 P."""
     high = EXP_FRAC + math.ceil(math.log2(1.65 * num_positions + 1))
     return reciprocal(
         ops,

@@ -86,7 +86,7 @@ class DecoderFormats:
     value: Format = Format(51, 11, 2.0**8, False, "in the context's ring")
     context_bits: int = 51
     context: Format = Format(34, 10, 2.0**22, True, "sums of max_positions weighted values")
-    weight_sum: Format = Format(51, 16, 2.0**14, True, "between 1 and 1.65 max_positions")
+    weight_sum: Format = Format(51, 16, 2.0**14, True, "between 0.77 and 1.65 max_positions")
     inverse_sum: Format = Format(47, 27, 2.0, False, "in the product's ring; 2^-14 at 13 bits")
     attention_product: Format = Format(47, 37, 2.0**8, True, "weighted mean of values")
     attention_output: Format = Format(44, 12, 2.0**8, True, "input of o")

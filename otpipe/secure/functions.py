@@ -54,7 +54,8 @@ def silu(ops: SecureOperations, x: Share) -> Step[Share]:
     def zone_bits(base: Tensor) -> list[Tensor]:
         value = signed(base, zones.bits)  # x is in [value, value + step)
         upper = value >= -(step // 2)
-        inside = torch.where(upper, value <= top - step, value >= -top)
+        # The window is open above: x = -top would be folded to its upper end.
+        inside = torch.where(upper, value <= top - step, value > -top)
         return [upper.to(torch.int64), inside.to(torch.int64)]
 
     upper, inside = yield from ops.lookup(zones, ZONE_INDEX_BITS, zone_bits, (1, 1))
@@ -217,7 +218,7 @@ def _by_octave(
 
 
 def _mantissa(ops: SecureOperations, x: Share, e: int) -> Step[Share]:
-    """x / 2^e at scale 2^-16 mod 4, for the table of an octave; local."""
+    """x / 2^e at scale 2^-16 mod 2, for the table of an octave; local."""
     drop = e - _MANTISSA_BITS
     if drop > 0:
         short = yield from ops.rescale(x, drop, _MANTISSA_BITS + 1)

@@ -9,6 +9,7 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,11 +115,22 @@ class Listener:
         )
 
 
+ServeClient = Callable[[FrameConnection, float], None]
+"""Serves one client's connection to its end; the number is ``idle_timeout_s``."""
+
+
 class Gateway:
-    """Accepts clients and runs a :class:`ClientSession` for each in a thread of its own."""
+    """Accepts clients and serves each in a thread of its own.
+
+    Args:
+        service: what public weights offer, to a :class:`ClientSession` each; or what to do instead.
+    """
 
     def __init__(
-        self, service: Service, options: ListenOptions, listener: Listener | None = None
+        self,
+        service: Service | ServeClient,
+        options: ListenOptions,
+        listener: Listener | None = None,
     ) -> None:
         self._service = service
         self._options = options
@@ -197,12 +209,19 @@ class Gateway:
                     ),
                 )
             else:
-                ClientSession(connection, self._service, self._options.idle_timeout_s).run()
+                self._serve_client(connection)
         except (ConnectionLost, OSError) as error:  # a failed TLS handshake
             log.info("client left: %s", error)
         finally:
             self._linger(sock)
             self._forget(sock)
+
+    def _serve_client(self, connection: FrameConnection) -> None:
+        idle_timeout_s = self._options.idle_timeout_s
+        if isinstance(self._service, Service):
+            ClientSession(connection, self._service, idle_timeout_s).run()
+        else:
+            self._service(connection, idle_timeout_s)
 
     def _linger(self, sock: socket.socket) -> None:
         """Let the client read the last words: closing with bytes unread would destroy them."""

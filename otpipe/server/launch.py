@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import msgpack
 import torch
@@ -31,7 +31,8 @@ from otpipe.protocol.messages import max_linear_rows
 from otpipe.protocol.wire import FrameConnection
 from otpipe.server.gateway import Gateway, Listener, ListenOptions
 from otpipe.server.lanes import Lane, RankCall
-from otpipe.server.row_server import RowServer
+from otpipe.server.private_launch import PrivatePlan, serve_private
+from otpipe.server.row_server import RowServer, compile_loop
 from otpipe.server.service import Audit, Service
 from otpipe.server.shutdown import EXIT_RANK_DIED, Shutdown
 
@@ -55,6 +56,7 @@ class RankOptions:
     threads: int | None
     audit: bool
     listen: ListenOptions
+    weights: Literal["private", "public"] = "private"
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,9 @@ def serve_rank(plan: RankPlan, shutdown: Shutdown) -> None:
     shutdown.at_end(liveness.close)
     liveness.start(rank, options.world_size, transport.store, os.getpid())
     try:
+        if options.weights == "private":
+            serve_private(_private_plan(plan, transport, shutdown))
+            return
         maps = plan.checkpoint.load_maps(
             plan.placement.maps_of(rank), device, _LoadingProgress(rank)
         )
@@ -183,6 +188,31 @@ def _join(plan: RankPlan) -> Transport:
         ) from error
 
 
+def _private_plan(plan: RankPlan, transport: Transport, shutdown: Shutdown) -> PrivatePlan:
+    rank = plan.options.rank
+    audit = Audit() if plan.options.audit else None
+    if audit is not None:
+        shutdown.at_end(lambda: _say(rank, audit.line()))
+
+    def on_device_lost(error: Exception) -> None:
+        _device_died(rank, plan.device, str(error).partition("\n")[0], shutdown)
+
+    return PrivatePlan(
+        plan.checkpoint,
+        plan.placement,
+        plan.device,
+        transport,
+        plan.options.listen,
+        plan.listener,
+        audit,
+        _LoadingProgress(rank),
+        partial(_ask_later, shutdown),
+        on_device_lost,
+        shutdown.at_end,
+        partial(_say, rank),
+    )
+
+
 def _open_gateway(
     plan: RankPlan,
     listener: Listener,
@@ -211,6 +241,7 @@ def _row_servers(
     plan: RankPlan, row_lines: Sequence[RowLine], shutdown: Shutdown
 ) -> Callable[[FrameConnection], RowServer]:
     """How connections get what serves their single rows; lines are taken in turn."""
+    compile_loop()
     turn = itertools.cycle(row_lines)
 
     def failed(code: int) -> NoReturn:

@@ -116,9 +116,9 @@ def test_wide_layers(outliers: bool, tmp_path: Path, record_property: Report) ->
     )
     with local_server(directory) as server, Client(server.address, tmp_path / "pads") as client:
         client.prepare(64)
-        cache = client.executor.new_cache()
+        cache = client.mode.executor.new_cache()
         passes = [WIDE_TOKENS[:32], *([token] for token in WIDE_TOKENS[32:])]
-        parts = [forward(client.executor, tokens, cache, "all") for tokens in passes]
+        parts = [forward(client.mode.executor, tokens, cache, "all") for tokens in passes]
     got = torch.cat([part for part in parts if part is not None])
     model = dequantised_transformers_model(directory)
     with torch.no_grad():

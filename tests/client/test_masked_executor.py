@@ -25,7 +25,7 @@ def test_logits_equal_plaintext(case: Case, case_directory: CaseDirectory, tmp_p
     directory = case_directory(case)
     with local_server(directory) as server, Client(server.address, tmp_path) as client:
         client.prepare(len(case.token_ids))
-        run_case(lambda _: client.executor, case, directory, tolerance=TOLERANCE)
+        run_case(lambda _: client.mode.executor, case, directory, tolerance=TOLERANCE)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -36,8 +36,8 @@ def test_logits_of_single_rows_equal_plaintext(
     row_by_row = replace(case, chunks=(1,) * len(case.token_ids))
     with local_server(directory) as server, Client(server.address, tmp_path) as client:
         client.prepare(len(case.token_ids))
-        run_case(lambda _: client.row_executor, row_by_row, directory, tolerance=TOLERANCE)
-        assert client.row_executor.slots_used == len(case.token_ids)
+        run_case(lambda _: client.mode.row_executor, row_by_row, directory, tolerance=TOLERANCE)
+        assert client.mode.row_executor.slots_used == len(case.token_ids)
 
 
 def test_both_executors_share_a_cache(case_directory: CaseDirectory, tmp_path: Path) -> None:
@@ -47,11 +47,11 @@ def test_both_executors_share_a_cache(case_directory: CaseDirectory, tmp_path: P
     assert want is not None
     with local_server(directory) as server, Client(server.address, tmp_path) as client:
         client.prepare(len(TOKENS))
-        cache = client.executor.new_cache()
-        forward(client.executor, TOKENS[:5], cache, "none")
-        forward(client.row_executor, TOKENS[5:6], cache, "none")
-        forward(client.executor, TOKENS[6:-1], cache, "none")
-        logits = forward(client.row_executor, TOKENS[-1:], cache)
+        cache = client.mode.executor.new_cache()
+        forward(client.mode.executor, TOKENS[:5], cache, "none")
+        forward(client.mode.row_executor, TOKENS[5:6], cache, "none")
+        forward(client.mode.executor, TOKENS[6:-1], cache, "none")
+        logits = forward(client.mode.row_executor, TOKENS[-1:], cache)
     assert logits is not None
     assert relative_error(torch.from_numpy(logits), want) < TOLERANCE
 
@@ -60,8 +60,8 @@ def test_the_row_executor_refuses_two_rows(case_directory: CaseDirectory, tmp_pa
     directory = case_directory(CASES[0])
     with local_server(directory) as server, Client(server.address, tmp_path) as client:
         with pytest.raises(ValueError, match="2 tokens for an executor of single rows"):
-            client.row_executor.embed([1, 2])
-        assert client.row_executor.slots_used == 0
+            client.mode.row_executor.embed([1, 2])
+        assert client.mode.row_executor.slots_used == 0
 
 
 @pytest.mark.parametrize("num_layers", [3, 4, 5])

@@ -54,7 +54,7 @@ def client(server: LocalServer, tmp_path: Path) -> Iterator[Client]:
 
 def one_pass(client: Client, cache: KVCache | None = None) -> Tensor:
     """Logits of all tokens, in one pass over several streams."""
-    logits = client._forward(list(TOKENS), cache or client.executor.new_cache(), "all")
+    logits = client.mode._pass(list(TOKENS), cache or client.mode.executor.new_cache(), "all")
     assert logits is not None
     return logits
 
@@ -92,10 +92,10 @@ def test_logits_equal_plaintext(
     directory = case_directory(case)
     with local_server(directory) as server, Client(server.address, tmp_path) as client:
         client.prepare(len(case.token_ids))
-        cache = client.executor.new_cache()
+        cache = client.mode.executor.new_cache()
         ends = [sum(case.chunks[:i]) for i in range(len(case.chunks) + 1)]
         parts = [
-            client._forward(list(case.token_ids[first:last]), cache, "all")
+            client.mode._pass(list(case.token_ids[first:last]), cache, "all")
             for first, last in pairwise(ends)
         ]
         assert cache.length == len(case.token_ids)
@@ -104,14 +104,14 @@ def test_logits_equal_plaintext(
 
 
 def test_logits_of_the_last_row_and_of_none(client: Client, case_directory: CaseDirectory) -> None:
-    cache = client.executor.new_cache()
-    assert client._forward(list(TOKENS[:7]), cache, "none") is None
-    last = client._forward(list(TOKENS[7:]), cache, "last")
+    cache = client.mode.executor.new_cache()
+    assert client.mode._pass(list(TOKENS[:7]), cache, "none") is None
+    last = client.mode._pass(list(TOKENS[7:]), cache, "last")
     assert last is not None
     assert last.shape == (1, client.bundle.spec.vocab_size)
     want = want_of(case_directory(CASES[0]))[-1:]
     assert relative_error(last, want) < TOLERANCE
-    assert client._slots_used() == len(TOKENS)
+    assert client.mode.slots_used == len(TOKENS)
 
 
 # -- connections and threads ---------------------------------------------------------------------
@@ -199,7 +199,7 @@ def test_one_failure_ends_the_pass_and_the_next_one_works(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fail_once(monkeypatch, lambda: raise_it(error))
-    cache = client.executor.new_cache()
+    cache = client.mode.executor.new_cache()
     with pytest.raises(type(error), match=str(error)):
         one_pass(client, cache)
     assert cache.length == 0
@@ -288,10 +288,10 @@ def test_a_damaged_slot_of_one_chunk_costs_a_repeated_pass(
     with corrections.open("r+b") as file:  # the embedding's correction of the sixth slot
         file.seek(5 * client.bundle.spec.hidden_size)
         file.write(b"\xa5" * client.bundle.spec.hidden_size)
-    logits = client._pass(list(TOKENS), client.executor.new_cache(), "all")
+    logits = client.mode.forward(list(TOKENS), client.mode.executor.new_cache(), "all")
     assert logits is not None
     assert relative_error(logits, want_of(case_directory(CASES[0]))) < TOLERANCE
-    assert client._slots_used() == 2 * len(TOKENS)
+    assert client.mode.slots_used == 2 * len(TOKENS)
 
 
 # -- how a pass is cut ---------------------------------------------------------------------------

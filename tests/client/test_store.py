@@ -185,8 +185,8 @@ def test_bad_arguments(tmp_path: Path) -> None:
         PadStore.open(tmp_path, "../" + FINGERPRINT, SHAPES)
     with pytest.raises(ValueError, match="same index"):
         PadStore.open(tmp_path, FINGERPRINT, (SHAPES[0], SHAPES[0]))
-    with pytest.raises(ValueError, match="use 1 or 4"):
-        MapShape(0, 1, 1, 8)
+    with pytest.raises(ValueError, match="use 1, 4 or 8"):
+        MapShape(0, 1, 1, 2)
 
 
 def test_closed_and_forked_objects_refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,6 +119,17 @@ def test_weights_without_a_scale_are_refused(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+def test_a_bias_beyond_the_formats_is_refused(tmp_path: Path) -> None:
+    build_checkpoint(tmp_path)
+    change(tmp_path, "model.layers.0.self_attn.k_proj.bias", lambda b: b[3].fill_(-4090.0))
+    _, weights, description = load(tmp_path)
+    bias = weights[description.spec.map_index("qkv", 0)].bias
+    assert bias is not None and int(bias.min()) == -4090 << FORMATS.qkv.frac
+    change(tmp_path, "model.layers.0.self_attn.k_proj.bias", lambda b: b[3].fill_(-5000.0))
+    with pytest.raises(CheckpointError, match=r"layers\.0\.qkv has a bias of magnitude 5000"):
+        load(tmp_path)
+
+
 def test_a_gain_that_is_no_number_is_refused(tmp_path: Path) -> None:
     build_checkpoint(tmp_path)
     change(tmp_path, "model.norm.weight", lambda w: w[5].fill_(torch.nan))

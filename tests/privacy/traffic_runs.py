@@ -159,7 +159,7 @@ def masked_input_bytes(address: str, store: Path, extreme: bool) -> dict[int, by
     """512 masked rows of every map, of zeros or of the most extreme inputs there are."""
     generator = torch.Generator().manual_seed(1)
     with watched(address, store) as seen:
-        executor, spec = seen.client.executor, seen.spec
+        executor, spec = seen.client.mode.executor, seen.spec
         seen.client.prepare(1024)
         for _ in range(2):
             executor.embed(scattered(512) if extreme else [0] * 512)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from two_parties import TwoParties, connect, integers, real, secret
+from two_parties import TwoParties, connect, integers, joined, real, secret
 
 from otpipe.errors import ParameterError
 from otpipe.secure import PlainOperations, Share, together
@@ -50,6 +50,15 @@ def test_silu_error_over_all_inputs(parties: TwoParties, repeat: int) -> None:
     assert float(error[beyond].max()) <= 2e-5  # exactly x or 0; silu(-13.5) is -1.9e-5
     rms = float(error.square().mean().sqrt())
     assert rms < 0.7 * unit
+
+
+def test_silu_at_the_open_end_of_its_window(parties: TwoParties) -> None:
+    """-13.5 is folded to 13.5, where the window ends: even if the low bits of a share are 0."""
+    x = torch.full((1 << 15,), -27 << 10)
+    client = torch.zeros_like(x)  # the zone lookup sees x itself
+    server = Share.of(x - client, 22, 11)
+    got = joined(*parties.run(silu, [server], [Share(client, 22, 11)]))
+    assert int(integers(got).abs().max()) <= 1
 
 
 @pytest.mark.parametrize(("frac", "limit"), [(9, 2032), (11, 508), (13, 127), (14, 63)])

@@ -134,6 +134,10 @@ def too_narrow_a_mask(shape: Sequence[int], bits: int, device: torch.device) -> 
     return random_ring(shape, max(1, bits - 3), device)
 
 
+def a_mask_without_its_top_bit(shape: Sequence[int], bits: int, device: torch.device) -> Tensor:
+    return random_ring(shape, max(1, bits - 1), device)
+
+
 @pytest.mark.parametrize(
     ("case", "module", "fault"),
     [
@@ -146,6 +150,8 @@ def too_narrow_a_mask(shape: Sequence[int], bits: int, device: torch.device) -> 
         ("exp", "lookups", too_narrow_a_mask),
         ("max", "transfers", one_mask_for_all_elements),
         ("select_to_larger", "transfers", too_narrow_a_mask),
+        ("select_to_larger", "transfers", a_mask_without_its_top_bit),
+        ("exp", "lookups", a_mask_without_its_top_bit),
     ],
 )
 def test_a_planted_fault_is_found(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -24,11 +26,26 @@ from torch import Tensor
 
 from otpipe.errors import UsageError
 from otpipe.model import private_maps, private_program
-from otpipe.model.private_description import FORMATS
+from otpipe.model.private_bundle import BUNDLE_VERSION
+from otpipe.model.private_description import (
+    EMBEDDED_FORMATS,
+    FORMATS,
+    LOGITS,
+    REVEALED_LOGITS,
+    RING_BITS,
+)
 from otpipe.model.private_maps import ClientMaps, ServerMaps
 from otpipe.model.private_program import PrivateProgram, Runner, Stage, stages
 from otpipe.model.program import forward
 from otpipe.secure import PlainOperations, Share
+from otpipe.secure.functions import (
+    EXP_BITS,
+    EXP_FRAC,
+    ZONE_INDEX_BITS,
+    _exp_table,
+    _octave_table,
+    _silu_tail,
+)
 
 CaseDirectory = Callable[[Case], Path]
 Model = PlainModel | PrivateModel
@@ -244,3 +261,22 @@ def test_no_row_of_a_map_is_taken_twice(tiny: Any, monkeypatch: pytest.MonkeyPat
     head = len(tiny[0].maps) - 1
     want = sorted([*((i, row) for i in range(head) for row in range(3)), (head, 2)])
     assert sorted(asked) == sorted(want * 2)  # pads and masks
+
+
+PUBLIC_PROGRAM = {1: "55531be0c36653b5"}
+"""By version of the bundle: a digest of what both parties must have alike and no message shows."""
+
+
+def test_a_change_of_the_public_program_needs_a_new_bundle_version() -> None:
+    """Parties with other scales exchange messages of the same sizes, and get garbage unnoticed."""
+    formats = {"logits": LOGITS, "revealed": REVEALED_LOGITS}
+    for name, each in (("", FORMATS), ("embedded ", EMBEDDED_FORMATS)):
+        formats |= {name + key: value for key, value in each.formats().items()}
+    facts: list[Any] = [[name, each.bits, each.frac] for name, each in sorted(formats.items())]
+    facts += [[FORMATS.rope_frac, FORMATS.context_bits, FORMATS.max_positions, RING_BITS]]
+    facts += [[EXP_BITS, EXP_FRAC, ZONE_INDEX_BITS]]
+    for table in (_silu_tail(11), _exp_table(12), _octave_table(False, 1.0)):
+        facts += [[table.low, table.window_bits, table.index_bits, table.intercept_drop]]
+        facts += [[table.raw_drop, table.out_bits, table.out_frac, *table.basis_bits]]
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    assert PUBLIC_PROGRAM[BUNDLE_VERSION] == digest, "the parties' programs differ: a new version"

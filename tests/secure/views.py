@@ -38,11 +38,16 @@ def findings(view: Sequence[tuple[Tensor, int]]) -> list[str]:
 
 
 def _not_flat(values: Tensor, bits: int, name: str) -> list[str]:
-    """Chi-square of the lowest bits, and of the highest but one (which packing may leave zero)."""
+    """Chi-square of the lowest bits, of the highest but one, and of that one.
+
+    Packing may leave the highest bit zero in all values: then there is nothing in it.
+    """
     low_width = min(BIN_BITS, bits)
     windows = {"low": (0, low_width)}
     if bits > BIN_BITS + 1:
         windows["high"] = (bits - 1 - BIN_BITS, BIN_BITS)
+        if bool(((values >> (bits - 1)) & 1).any()):
+            windows["top"] = (bits - 1, 1)
     found = []
     for which, (lowest, width) in windows.items():
         counts = torch.bincount((values >> lowest) & ((1 << width) - 1), minlength=1 << width)
