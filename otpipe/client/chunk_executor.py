@@ -11,8 +11,9 @@ heads, G query heads a key/value head, D head size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -20,18 +21,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from otpipe.client.chunk_memory import ExchangeBuffers, Workspace
+from otpipe.client.chunk_memory import Workspace
 from otpipe.client.link import ServerLink
+from otpipe.client.row_exchange import Memory, RowExchange, RowFrames
 from otpipe.client.store_lease import SlotLease
-from otpipe.errors import OtpipeError
-from otpipe.kernels.activations import mask_rows, rms_norm_rows
+from otpipe.client.store_rows import RowReader
+from otpipe.kernels.activations import rms_norm_rows
 from otpipe.kernels.rotary import rotate_rows
 from otpipe.model.bundle import ModelBundle
 from otpipe.model.clear_ops import KVCache, RopeTables
 from otpipe.model.program import LogitsFor
 from otpipe.model.spec import LinearMap
-from otpipe.protocol.fixed_point import NOT_FINITE, PEAK_LIMIT, open_outputs, output_headroom
 from otpipe.protocol.messages import max_linear_rows
+
+
+def most_rows(linear_map: LinearMap) -> int:
+    """Rows that one request through this map may carry."""
+    return max_linear_rows(linear_map.in_features, linear_map.out_features, linear_map.ring_bytes)
 
 
 class Turn(Protocol):
@@ -89,17 +95,19 @@ class ChunkExecutor:
         self._bundle = bundle
         self._gains = {name: gain.numpy() for name, gain in bundle.norms.items()}
         self._rope = rope
-        self._link = link
+        self._exchange = RowExchange(link)
         self._memory = Workspace()
-        self._buffers: dict[tuple[str, int], ExchangeBuffers] = {}
+        self._requests, self._answers = Memory(0), Memory(0)
+        self._frames: dict[tuple[int, int], RowFrames] = {}
         self._chunk: Chunk
         self._visible: Tensor
-        self._ahead: tuple[int, slice] | None = None
+        self._reader: RowReader
+        self._pads = np.empty((0, 0), np.uint32)  # of the map that comes next
 
     def begin(self, chunk: Chunk) -> None:
         """Take up a chunk."""
         self._chunk = chunk
-        self._ahead = None
+        self._reader = chunk.lease.row_reader(chunk.rows, len(self.spec.maps) - 1)
         self._visible = self._causal_mask(chunk)
 
     def new_cache(self) -> Chunk:
@@ -111,98 +119,72 @@ class ChunkExecutor:
     def embed(self, token_ids: Sequence[int]) -> Tensor:
         """See :class:`otpipe.model.program.Executor`: masked one-hot rows mod 2^8."""
         linear_map = self.spec.map("embed")
+        frames = self._frames_for(linear_map, len(token_ids))
         tokens_T = np.asarray(token_ids)
-        rows_TH = self._memory.take("embedded", (len(tokens_T), self.spec.hidden_size), np.uint8)
-        for part, slots in self._parts(linear_map, len(tokens_T)):
-            buffers = self._buffers_for(linear_map, slots)
-            masked_Tn = buffers.masked_Tn
-            self._chunk.lease.masks(linear_map.index, slots, masked_Tn)
-            np.negative(masked_Tn, out=masked_Tn)  # 0 - r mod 2^8
-            masked_Tn[np.arange(len(masked_Tn)), tokens_T[part]] += 1  # 1 - r at the token
-            self._exchange(linear_map, slots, buffers)
-            np.add(buffers.answer_Tm, buffers.correction_Tm, out=rows_TH[part])
+        masked_Tn = frames.masked
+        np.negative(self._reader.first_pads(), out=masked_Tn)  # 0 - r mod 2^8
+        masked_Tn[np.arange(len(masked_Tn)), tokens_T] += 1  # 1 - r at the token
+        corrections: list[np.ndarray] = []
+        self._chunk.turn.check()
+        self._exchange.send(frames, lambda: corrections.append(self._read_ahead(linear_map)))
+        rows_TH = np.add(frames.answers, corrections[0])
         scale_T = self._bundle.maps[linear_map.index].scale.numpy()[tokens_T]
         x_TH = self._memory.take("residual", rows_TH.shape, np.float32)
         np.multiply(rows_TH.view(np.int8), scale_T[:, None], out=x_TH)
         return torch.from_numpy(x_TH)
 
     def linear(self, linear_map: LinearMap, x: Tensor) -> Tensor:
-        """W x + bias for all rows of the chunk, or for its last ones."""
-        public = self._bundle.maps[linear_map.index]
-        shape = (len(x), linear_map.out_features)
+        """W x + bias for all rows of the chunk, or lm_head for its last ones."""
         if linear_map.kind == "lm_head":
-            out_Tm = torch.empty(shape)
-        else:
-            out_Tm = torch.from_numpy(self._memory.take(linear_map.kind, shape, np.float32))
-        headroom = output_headroom(public.max_row_l1)
-        for part, slots in self._parts(linear_map, len(x)):
-            buffers = self._buffers_for(linear_map, slots)
-            self._expand(linear_map, slots)
-            self._ahead = None
-            _, unit_T = mask_rows(
-                x[part].numpy(),
-                buffers.mask_Tn,
-                public.max_row_l2,
-                headroom,
-                PEAK_LIMIT,
-                buffers.masked_Tn,
-            )
-            if not np.isfinite(unit_T).all():
-                raise OtpipeError(NOT_FINITE)
-            self._exchange(linear_map, slots, buffers)
-            open_outputs(
-                buffers.answer_Tm,
-                buffers.correction_Tm,
-                unit_T,
-                public.scale,
-                public.bias,
-                out_Tm[part],
+            return self._logits(linear_map, x)
+        shape = (len(x), linear_map.out_features)
+        out_Tm = self._memory.take(linear_map.kind, shape, np.float32)
+        self._chunk.turn.check()
+        self._exchange.linear(
+            self._frames_for(linear_map, len(x)),
+            x.numpy(),
+            self._pads,
+            lambda: self._read_ahead(linear_map),
+            out_Tm,
+        )
+        return torch.from_numpy(out_Tm)
+
+    def _logits(self, linear_map: LinearMap, x: Tensor) -> Tensor:
+        """In as many requests as the limit of their size asks for."""
+        lease, num_rows = self._chunk.lease, len(x)
+        first_slot = self._chunk.rows.stop - num_rows
+        out_Tm = torch.empty((num_rows, linear_map.out_features))
+        step = most_rows(linear_map)
+        for first in range(0, num_rows, step):
+            last = min(num_rows, first + step)
+            slots = slice(first_slot + first, first_slot + last)
+            self._chunk.turn.check()
+            self._exchange.linear(
+                self._frames_for(linear_map, last - first),
+                x[first:last].numpy(),
+                lease.masks(linear_map.index, slots),
+                partial(lease.corrections, linear_map.index, slots),
+                out_Tm[first:last].numpy(),
             )
         return out_Tm
 
-    def _parts(self, linear_map: LinearMap, num_rows: int) -> Iterator[tuple[slice, slice]]:
-        """The last ``num_rows`` rows in pieces that one request may carry, and their slots."""
-        step = max_linear_rows(
-            linear_map.in_features, linear_map.out_features, linear_map.ring_bytes
-        )
-        first_slot = self._chunk.rows.stop - num_rows
-        for first in range(0, num_rows, step):
-            last = min(num_rows, first + step)
-            yield slice(first, last), slice(first_slot + first, first_slot + last)
+    def _frames_for(self, linear_map: LinearMap, num_rows: int) -> RowFrames:
+        key = (linear_map.index, num_rows)
+        frames = self._frames.get(key)
+        if frames is None:
+            frames = self._frames[key] = RowFrames.of(
+                self._bundle.maps[linear_map.index],
+                linear_map,
+                num_rows,
+                self._requests,
+                self._answers,
+            )
+        return frames
 
-    def _buffers_for(self, linear_map: LinearMap, slots: slice) -> ExchangeBuffers:
-        num_rows = slots.stop - slots.start
-        key = (linear_map.kind, num_rows)
-        buffers = self._buffers.get(key)
-        if buffers is None:
-            buffers = self._buffers[key] = ExchangeBuffers(self._memory, linear_map, num_rows)
-        return buffers
-
-    def _expand(self, linear_map: LinearMap, slots: slice) -> None:
-        """Have the pads of these rows in place, unless they are there already."""
-        if self._ahead == (linear_map.index, slots):
-            self._chunk.lease.require_owner()
-            return
-        mask_Tn = self._buffers_for(linear_map, slots).mask_Tn
-        self._chunk.lease.masks(linear_map.index, slots, mask_Tn)
-        self._ahead = (linear_map.index, slots)
-
-    def _exchange(self, linear_map: LinearMap, slots: slice, buffers: ExchangeBuffers) -> None:
-        """Send the masked rows and receive the answer.
-
-        While the server works, the corrections are read, and the pads of the request that follows
-        are expanded where all rows of the chunk go on to it.
-        """
-        chunk = self._chunk
-        chunk.turn.check()
-        following = linear_map.index + 1
-
-        def meanwhile() -> None:
-            chunk.lease.corrections(linear_map.index, slots, buffers.correction_Tm)
-            if slots == chunk.rows and following < len(self.spec.maps) - 1:
-                self._expand(self.spec.maps[following], slots)
-
-        buffers.exchange(linear_map.index, self._link, meanwhile)
+    def _read_ahead(self, linear_map: LinearMap) -> np.ndarray:
+        """While the server works: returns the corrections of this map, and has the next pads."""
+        corrections, self._pads = self._reader.advance(linear_map.index)
+        return corrections
 
     # -- the rest, in float32 --------------------------------------------------------------------
 

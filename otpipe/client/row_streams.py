@@ -23,7 +23,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from otpipe.client.chunk_executor import Chunk, ChunkExecutor
+from otpipe.client.chunk_executor import Chunk, ChunkExecutor, most_rows
 from otpipe.client.link import LinkOptions, ServerLink
 from otpipe.client.masked_executor import MaskedExecutor
 from otpipe.client.store import PadStore
@@ -62,7 +62,8 @@ def plan_rows(spec: ModelSpec, num_rows: int, cores: int) -> RowPlan:
     row_bytes = sum((m.in_features + m.out_features) * m.ring_bytes for m in layer) // len(layer)
     least = max(MIN_CHUNK_ROWS, -(-MIN_CHUNK_BYTES // row_bytes))
     num_streams = max(1, min(MAX_STREAMS, cores, num_rows // least))
-    per_stream = -(-num_rows // (num_streams * MAX_CHUNK_ROWS))
+    most = min(MAX_CHUNK_ROWS, *(most_rows(m) for m in spec.maps if m.kind != "lm_head"))
+    per_stream = -(-num_rows // (num_streams * most))
     num_chunks = num_streams * per_stream if num_streams > 1 else 1
     bounds = [num_rows * i // num_chunks for i in range(num_chunks + 1)]
     chunks = tuple(slice(a, b) for a, b in pairwise(bounds))

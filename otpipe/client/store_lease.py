@@ -13,7 +13,7 @@ import numpy as np
 from otpipe.client.store_batch import Batch
 from otpipe.client.store_files import SlotDamaged
 from otpipe.client.store_layout import ModelLayout
-from otpipe.client.store_rows import RowReader
+from otpipe.client.store_rows import CallReader, RowReader, SpanReader
 
 Rows = slice | Sequence[int] | None
 
@@ -103,18 +103,29 @@ class SlotLease:
             done += span.num_slots
         return self._join(parts, map_index, inputs=False) if out is None else out
 
-    def row_reader(self) -> RowReader | None:
-        """Claims all pads and corrections of a lease of one row, to be read map after map.
-
-        None, and nothing is claimed, where the machine does not suit.
-        """
-        (span,) = self.spans
-        if not RowReader.possible():
-            return None
-        for shape in self._layout.shapes:
-            self._claim(self._masks_taken, "mask", shape.index, None)
-            self._claim(self._corrections_taken, "correction", shape.index, None)
-        return RowReader(span.batch, span.first_slot, self.require_owner)
+    def row_reader(self, rows: Rows = None, num_maps: int | None = None) -> RowReader:
+        """Claims the pads and corrections of rows in the first maps, to be read map after map."""
+        shapes = self._layout.shapes[:num_maps]
+        numbers = self._row_numbers(rows)
+        spans = self._spans(numbers)
+        if len(spans) != 1 or not SpanReader.possible():
+            return CallReader(
+                shapes,
+                lambda map_index: self.masks(map_index, rows),
+                lambda map_index: self.corrections(map_index, rows),
+            )
+        for shape in shapes:
+            self._claim(self._masks_taken, "mask", shape.index, rows)
+            self._claim(self._corrections_taken, "correction", shape.index, rows)
+        (span,) = spans
+        return SpanReader(
+            span.batch,
+            span.first_slot,
+            span.num_slots,
+            numbers[0],
+            len(shapes),
+            self.require_owner,
+        )
 
     @staticmethod
     def _pieces(spans: Sequence[Span], out: np.ndarray) -> Iterator[tuple[Span, np.ndarray]]:

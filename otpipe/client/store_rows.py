@@ -1,21 +1,25 @@
-"""The pads and corrections of one slot, map after map: what a decode step reads, without delay.
+"""The pads and corrections of some slots, map after map: what a pass reads, without delay.
 
 Between a request and the answer there is less time than a few dozen Python calls take. So the
-correction of one map and the pad of the next come from one compiled call: read, checked, expanded.
+corrections of one map and the pads of the next come from one compiled call: read, checked,
+expanded, into memory that the next map uses again.
 
-Shapes: n in_features, m out_features.
+Shapes: T rows, n in_features, m out_features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 
-from otpipe.client.store_batch import Batch, MapRegion
+from otpipe.client.store_batch import Batch
+from otpipe.client.store_files import SlotDamaged
+from otpipe.client.store_layout import MapShape
 from otpipe.kernels.aes_native import NATIVE, encrypt_counters_256
 from otpipe.kernels.cpu import Array, kernel
-from otpipe.kernels.native_io import PREAD, call_4, system_functions
+from otpipe.kernels.native_io import DONE, read_at, system_functions
 
 _AES_BLOCK = 16
 
@@ -25,96 +29,154 @@ def _read(
     functions: Array,
     fd: int,
     offset: int,
-    correction_m: Array,
+    octets: Array,
+    correction_Tm: Array,
     weights_m: Array,
-    expected: int,
+    expected_T: Array,
     round_keys: Array,
     prefix: int,
     first_block: int,
-    pad: Array,
+    pads: Array,
 ) -> bool:
-    """Fill the correction of one map from the file, and uint8 ``pad`` from a keystream.
+    """Fill the corrections of one map from the file, and uint8 ``pads`` from a keystream.
 
-    Returns whether the correction was there and has its checksum (``store_checksum``).
+    ``octets``: the memory of ``correction_Tm``. Returns whether the corrections were there and have
+    their checksums (``store_checksum``).
     """
-    if pad.shape[0] > 0:
-        encrypt_counters_256(round_keys, prefix, first_block, 0, pad.shape[0], pad)
-    count = call_4(
-        functions[PREAD],
-        np.int64(fd),
-        np.int64(correction_m.ctypes.data),
-        np.int64(correction_m.nbytes),
-        np.int64(offset),
-    )
-    if count != correction_m.nbytes:
+    if pads.shape[0] > 0:
+        encrypt_counters_256(round_keys, prefix, first_block, 0, pads.shape[0] // 16, pads)
+    if read_at(functions, fd, offset, octets) != DONE:
         return False
-    total = np.uint64(0)
-    for j in range(correction_m.shape[0]):
-        total += np.uint64(correction_m[j]) * np.uint64(weights_m[j])
-    return total == np.uint64(expected)
+    for t in range(correction_Tm.shape[0]):
+        row, total = correction_Tm[t], np.uint64(0)
+        for j in range(row.shape[0]):
+            total += np.uint64(row[j]) * np.uint64(weights_m[j])
+        if total != expected_T[t]:
+            return False
+    return True
 
 
-class RowReader:
-    """Reads one slot, which the caller has claimed for good: every map once, in rising order.
+class RowReader(Protocol):
+    """Hands out the pads and corrections of some slots: every map once, in rising order."""
 
-    ``check``: raises where the slot may not be used any more.
+    def first_pads(self) -> np.ndarray:
+        """The pads (T, n) of the first map."""
+
+    def advance(self, map_index: int) -> tuple[np.ndarray, np.ndarray]:
+        """The corrections (T, m) of a map, and the pads (T, n) of the one after it.
+
+        Maps are asked for in their order, each once. Valid until the next call; the pads are empty
+        after the last map.
+
+        Raises:
+            SlotDamaged: the disk did not keep a correction.
+            CounterMoved: somebody else has drawn from the store; nothing may be used.
+        """
+
+
+class SpanReader:
+    """Consecutive slots of one batch, which the caller has claimed for good, in compiled code.
+
+    Args:
+        first_slot, count: the slots.
+        first_row: number of the first one in the lease, for errors.
+        num_maps: how many maps, from the first, will be read.
+        check: raises where the slots may not be used any more.
     """
 
-    def __init__(self, batch: Batch, slot: int, check: Callable[[], None]) -> None:
-        self._batch, self._slot, self._check = batch, slot, check
-        self._regions = batch.regions
-        self._next_pad, self._next_correction = 0, 0
-        self._no_pad = np.empty(0, np.uint8)
+    def __init__(
+        self,
+        batch: Batch,
+        first_slot: int,
+        count: int,
+        first_row: int,
+        num_maps: int,
+        check: Callable[[], None],
+    ) -> None:
+        self._batch, self._first_slot, self._count = batch, first_slot, count
+        self._first_row, self._check = first_row, check
+        self._regions = batch.regions[:num_maps]
+        self._next = 0
+        shapes = [region.shape for region in self._regions]
+        self._pads = np.empty(count * max(s.pad_stride for s in shapes), np.uint8)
+        self._corrections = np.empty(count * max(s.correction_bytes for s in shapes), np.uint8)
 
     @staticmethod
     def possible() -> bool:
         """Whether this machine has AES instructions."""
         return NATIVE
 
-    def first_pad(self) -> np.ndarray:
-        """The pad (n,) of the first map."""
+    def first_pads(self) -> np.ndarray:
+        """See :class:`RowReader`."""
         self._check()
-        assert self._next_pad == 0, "a pad is given out once"
-        self._next_pad = 1
+        assert self._next == 0, "pads are given out once"
         region = self._regions[0]
-        return self._batch.pads(region.shape.index, self._slot, 1)[0]
+        return self._batch.pads(region.shape.index, self._first_slot, self._count)
 
-    def advance(self) -> tuple[np.ndarray, np.ndarray]:
-        """The correction (m,) of the next map, and the pad (n,) of the one after it.
-
-        The pad is empty after the last map.
-
-        Raises:
-            SlotDamaged: the disk did not keep the correction.
-            CounterMoved: somebody else has drawn from the store; nothing may be used.
-        """
+    def advance(self, map_index: int) -> tuple[np.ndarray, np.ndarray]:
+        """See :class:`RowReader`."""
         self._check()
         self._batch.require_sole_use()
-        index = self._next_correction
-        assert self._next_pad == index + 1, "pads and corrections are given out in turn"
-        region = self._regions[index]
-        correction_m = np.empty(region.shape.out_features, region.shape.dtype)
-        following: MapRegion | None = None
-        pad, source = self._no_pad, region
-        if index + 1 < len(self._regions):
-            following = source = self._regions[index + 1]
-            pad = np.empty(following.shape.pad_stride, np.uint8)  # whole blocks
-        self._next_correction, self._next_pad = index + 1, index + 2
+        region = source = self._regions[self._next]
+        assert region.shape.index == map_index, "every map is read once, in their order"
+        self._next += 1
+        shape, slot, count = region.shape, self._first_slot, self._count
+        octets = self._corrections[: count * shape.correction_bytes]
+        correction_Tm = octets.view(shape.dtype).reshape(count, shape.out_features)
+        pads = self._pads[:0]
+        if self._next < len(self._regions):
+            source = self._regions[self._next]
+            pads = self._pads[: count * source.shape.pad_stride]
         stream = source.pads.stream
         good = _read(
             system_functions(),
             self._batch.corrections_fd,
-            region.offset + self._slot * region.shape.correction_bytes,
-            correction_m,
+            region.offset + slot * shape.correction_bytes,
+            octets,
+            correction_Tm,
             region.weights,
-            region.expected[self._slot],
+            region.expected[slot : slot + count],
             stream.round_keys,
             stream.prefix,
-            self._slot * source.shape.pad_stride // _AES_BLOCK,
-            pad,
+            slot * source.shape.pad_stride // _AES_BLOCK,
+            pads,
         )
         if not good:  # again, by the path that says what is wrong
-            correction_m = self._batch.corrections(region.shape.index, self._slot, 1)[0]
-        if following is not None:
-            pad = pad[: following.shape.pad_bytes].view(following.shape.dtype)
-        return correction_m, pad
+            correction_Tm = self._again(region.shape)
+        if not pads.size:
+            return correction_Tm, pads
+        used = pads.reshape(count, -1)[:, : source.shape.pad_bytes]
+        return correction_Tm, np.ascontiguousarray(used).view(source.shape.dtype)
+
+    def _again(self, shape: MapShape) -> np.ndarray:
+        try:
+            return self._batch.corrections(shape.index, self._first_slot, self._count)
+        except SlotDamaged as error:
+            error.row += self._first_row
+            raise
+
+
+class CallReader:
+    """Any slots, call by call: without AES instructions, or where slots come from two batches."""
+
+    def __init__(
+        self,
+        shapes: Sequence[MapShape],
+        masks: Callable[[int], np.ndarray],
+        corrections: Callable[[int], np.ndarray],
+    ) -> None:
+        self._shapes, self._masks, self._corrections = shapes, masks, corrections
+        self._next = 0
+
+    def first_pads(self) -> np.ndarray:
+        """See :class:`RowReader`."""
+        return self._masks(self._shapes[0].index)
+
+    def advance(self, map_index: int) -> tuple[np.ndarray, np.ndarray]:
+        """See :class:`RowReader`."""
+        assert self._shapes[self._next].index == map_index, "maps are read in their order"
+        correction_Tm = self._corrections(map_index)
+        self._next += 1
+        if self._next == len(self._shapes):
+            return correction_Tm, np.empty((0, 0), np.uint8)
+        return correction_Tm, self._masks(self._shapes[self._next].index)

@@ -195,3 +195,21 @@ def send_all(
         if waited != DONE:
             return waited, sent
     return DONE, sent
+
+
+@kernel
+def read_at(functions: Array, fd: int, offset: int, out: Array) -> int:
+    """Fill uint8 ``out`` from a file: DONE, or BROKEN on an error or the end of the file."""
+    done = np.int64(0)
+    while done < out.shape[0]:
+        count = call_4(
+            functions[PREAD],
+            np.int64(fd),
+            np.int64(out.ctypes.data) + done,
+            np.int64(out.shape[0]) - done,
+            np.int64(offset) + done,
+        )
+        if count <= 0:
+            return BROKEN
+        done += count
+    return DONE

@@ -4,9 +4,9 @@ A decode step is hundreds of small products one after the other, and launching t
 one takes longer than the GPU needs. So what the GPU is to do between pinned host buffers is
 recorded before the first client comes, while no other thread uses the device, and then replayed.
 
-Single rows, which are most of what a server is asked for, are also recorded on a few lines of their
-own, each with its stream and its buffers, so that several connections are served at once without
-Python: ``otpipe.server.row_server`` launches them by the addresses given here.
+For clients' connections they are also recorded on a few lines, each with its stream and its
+buffers, so that several connections are served at once without Python: ``otpipe.server.row_server``
+launches them by the addresses given here.
 
 Shapes: T rows, n in_features, m out_features.
 """
@@ -31,19 +31,27 @@ RECORDED_ROWS = (1, 2, 4, 8, 16)
 once make a few rows; more than these are worth their launches."""
 
 
-NUM_LINES = 8
-"""Single rows that may be under way at once: copying in, multiplying, copying out, and waiting for
-the processor; the memory of the GPU is busy with fewer."""
+NUM_LINES = 4
+"""Products that may be under way at once: copying in, multiplying, copying out, and waiting for the
+processor. On an H200 four lines do as much as eight."""
+
+LINE_ROWS = (1, 4, 8, 16, 32, 64)
+"""As RECORDED_ROWS, for lines. What a line is not recorded for goes through Python and in bulk."""
+
+MAX_LINE_OUT_BYTES = 16 << 20
+"""No line is recorded for larger results: lm_head of many rows, which is rarely asked for."""
 
 
 @dataclass(frozen=True, eq=False)
 class RowLine:
-    """What a kernel needs to replay products of single rows. One at a time: hold ``mutex``.
+    """What a kernel needs to replay products. One at a time: hold ``mutex``.
 
     Attributes:
-        launch, wait: addresses of C functions: ``launch(launches[map], stream)`` starts a product,
-            ``wait(stream)`` returns when ``outputs`` holds the result. Both return 0 on success.
-        launches: int64, one for each map of the model; 0 where this rank does not hold it.
+        launch, wait: addresses of C functions: ``launch(launches[map, i], stream)`` starts a
+            product of ``rows[i]`` rows, ``wait(stream)`` returns when ``outputs`` holds the result.
+            Both return 0 on success.
+        rows: int64, rising.
+        launches: int64 (maps of the model, sizes); 0 where nothing is recorded.
         stream: second argument of ``launch``.
         inputs, outputs: uint8, the payload of request and answer.
         mutex: for ``native_io``.
@@ -51,6 +59,7 @@ class RowLine:
 
     launch: int
     wait: int
+    rows: np.ndarray
     launches: np.ndarray
     stream: int
     inputs: np.ndarray
@@ -139,18 +148,39 @@ class GraphedMaps:
 
     def _new_line(self) -> RowLine:
         driver = _driver()
-        buffers, stream = self._new_buffers(1), torch.cuda.Stream(self._device)
+        stream = torch.cuda.Stream(self._device)
         # The lines run at once, so that each needs temporary memory of its own.
         self._pool = torch.cuda.graph_pool_handle()
-        launches = np.zeros(len(self._linear_maps), np.int64)
-        for index in self._indices:
-            graph = self._record(index, 1, buffers, keep_graph=True)
-            launches[index] = _instantiated(driver, graph)
+        launches = np.zeros((len(self._linear_maps), len(LINE_ROWS)), np.int64)
+        held = [
+            (self._linear_maps[i], column)
+            for i in self._indices
+            for column in range(len(LINE_ROWS))
+        ]
+        recorded = [
+            (m, column)
+            for m, column in held
+            if LINE_ROWS[column] * m.out_features * m.ring_bytes <= MAX_LINE_OUT_BYTES
+        ]
+        buffers = _Buffers(
+            *(
+                torch.zeros(max(sizes, default=0), dtype=torch.uint8, pin_memory=True)
+                for sizes in (
+                    [LINE_ROWS[c] * m.in_features * m.ring_bytes for m, c in recorded],
+                    [LINE_ROWS[c] * m.out_features * m.ring_bytes for m, c in recorded],
+                )
+            )
+        )
+        for linear_map, column in recorded:
+            index = linear_map.index
+            graph = self._record(index, LINE_ROWS[column], buffers, keep_graph=True)
+            launches[index, column] = _instantiated(driver, graph)
             self._kept.append(graph)
         self._kept.append(stream)
         return RowLine(
             address_of(driver.cuGraphLaunch),
             address_of(driver.cuStreamSynchronize),
+            np.array(LINE_ROWS, np.int64),
             launches,
             stream.cuda_stream,
             buffers.inputs.numpy(),

@@ -1,9 +1,9 @@
-"""Masked single rows from the socket to the device and back in one compiled loop.
+"""Masked rows from the socket to the device and back in one compiled loop.
 
-A client that decodes sends one masked row after another and waits for each. For such frames nothing
-is left to decide in Python: the head is checked against the two fields it may have, the payload
-against the length that its map calls for, and the product is the launch of what was recorded. The
-loop releases the GIL, so connections do not wait for each other's interpreter.
+A client sends one or a few masked rows after another and waits for each answer. For such frames
+nothing is left to decide in Python: the head is checked against the two fields it may have, the
+payload against the length that its map calls for, and the product is the launch of what was
+recorded. The loop releases the GIL, so connections do not wait for each other's interpreter.
 
 Whatever else arrives is handed to the session as it is, which answers or refuses it as always.
 """
@@ -48,53 +48,53 @@ from otpipe.protocol.wire import (
 
 _OTHER, _IDLE, _CUT_SHORT, _UNSENT, _DEVICE_FAILED = range(5)
 
-_IN, _OUT, _LAUNCH = range(3)  # columns of a line's table of maps
+_IN, _OUT = range(2)  # columns of the table of maps
 _FRAMES, _BYTES_IN, _BYTES_OUT = range(3)  # counted
 
 _PREFIX_BYTES = PREFIX.size
 _RESULT_TYPE = int(MessageType.RESULT)
 _TYPE_AT, _HEADER_BYTES_AT, _PAYLOAD_BYTES_AT = 6, 8, 12
 _INDEX_KEY = b"\x82\xa9map_index"
-_ROWS_KEY_AND_ONE = b"\xa4rows\x01"
-_LONGEST_HEAD = PREFIX.size + len(_INDEX_KEY) + 3 + len(_ROWS_KEY_AND_ONE)
+_ROWS_KEY = b"\xa4rows"
+_LONGEST_HEAD = PREFIX.size + len(_INDEX_KEY) + 3 + len(_ROWS_KEY) + 1
 
 
 def _pattern() -> np.ndarray:
-    """uint8: the fixed parts of a head: magic, version and type; first key; second key and 1."""
+    """uint8: the fixed parts of a head: magic, version and type; first key; second key."""
     start = frame_head(MessageType.LINEAR, Linear(0, 1).header(), 0)[:_HEADER_BYTES_AT]
-    return np.frombuffer(start + _INDEX_KEY + _ROWS_KEY_AND_ONE, np.uint8).copy()
+    return np.frombuffer(start + _INDEX_KEY + _ROWS_KEY, np.uint8).copy()
 
 
 _PATTERN = _pattern()
 assert frame_head(MessageType.RESULT, Result(0, 1).header(), 0)[PREFIX.size :] == (
-    _INDEX_KEY + b"\x00" + _ROWS_KEY_AND_ONE
+    _INDEX_KEY + b"\x00" + _ROWS_KEY + b"\x01"
 ), "request and answer have the same header"
 
 
 @kernel
-def _map_asked_for(frame: Array, filled: int, pattern: Array) -> tuple[Any, int]:
-    """Map and length of the head, if the frame asks for one row of a map; else (-1, 0).
+def _map_asked_for(frame: Array, filled: int, pattern: Array) -> tuple[Any, Any, int]:
+    """Map, rows and length of the head, if the frame asks for 1 to 127 rows of a map.
 
-    A head of which not all has arrived is (-2, 0). Everything is compared that the session's own
-    parser would look at.
+    Else (-1, 0, 0), or (-2, 0, 0) for a head of which not all has arrived. Everything is compared
+    that the session's own parser would look at.
     """
-    key_bytes, tail_bytes = len(_INDEX_KEY), len(_ROWS_KEY_AND_ONE)
+    key_bytes, tail_bytes = len(_INDEX_KEY), len(_ROWS_KEY)
     if filled < _PREFIX_BYTES:
-        return -2, 0
+        return -2, 0, 0
     for i in range(_HEADER_BYTES_AT):
         if frame[i] != pattern[i]:
-            return -1, 0
+            return -1, 0, 0
     header_bytes = _word(frame, _HEADER_BYTES_AT)
-    number_bytes = header_bytes - key_bytes - tail_bytes
+    number_bytes = header_bytes - key_bytes - tail_bytes - 1
     if number_bytes < 1 or number_bytes > 3:
-        return -1, 0
+        return -1, 0, 0
     head_bytes = _PREFIX_BYTES + header_bytes
     if filled < head_bytes:
-        return -2, 0
+        return -2, 0, 0
     at = _PREFIX_BYTES
     for i in range(key_bytes):
         if frame[at + i] != pattern[_HEADER_BYTES_AT + i]:
-            return -1, 0
+            return -1, 0, 0
     at += key_bytes
     # msgpack: 0 to 127 in one byte, then 0xcc and one byte, 0xcd and two, always the shortest.
     first: Any = np.int64(frame[at])
@@ -108,8 +108,11 @@ def _map_asked_for(frame: Array, filled: int, pattern: Array) -> tuple[Any, int]
     at += number_bytes
     for i in range(tail_bytes):
         if frame[at + i] != pattern[_HEADER_BYTES_AT + key_bytes + i]:
-            return -1, 0
-    return index, head_bytes
+            return -1, 0, 0
+    rows: Any = np.int64(frame[head_bytes - 1])
+    if rows < 1 or rows > 127:
+        return -1, 0, 0
+    return index, rows, head_bytes
 
 
 @kernel
@@ -159,6 +162,8 @@ def _serve(
     fd: int,
     pattern: Array,
     maps: Array,
+    sizes: Array,
+    launches: Array,
     launch: int,
     wait: int,
     stream: int,
@@ -174,7 +179,7 @@ def _serve(
 ) -> tuple[int, int]:
     """Serve frames until one is not for this loop: why it ended, and how far ``frame`` is filled.
 
-    maps: int64 (M, 3): bytes of a masked row, bytes of its product, launch handle or 0.
+    maps: int64 (M, 2): bytes of a masked row, bytes of its product. sizes, launches: of a line.
     """
     while True:
         status, filled = receive_some(functions, fd, frame, 0, FIRST_READ_BYTES, idle_ms, looks)
@@ -182,13 +187,18 @@ def _serve(
             continue
         if status != DONE:
             return (_IDLE if status == TIMED_OUT else _OTHER), filled
-        index, head_bytes = _map_asked_for(frame, filled, pattern)
+        index, rows, head_bytes = _map_asked_for(frame, filled, pattern)
         while index == -2 and status in (DONE, INTERRUPTED):
             status, filled = receive_some(functions, fd, frame, filled, _LONGEST_HEAD, stall_ms, 0)
-            index, head_bytes = _map_asked_for(frame, filled, pattern)
+            index, rows, head_bytes = _map_asked_for(frame, filled, pattern)
         if index < 0 or index >= maps.shape[0]:
             return _OTHER, filled
-        in_bytes, out_bytes, handle = maps[index, _IN], maps[index, _OUT], maps[index, _LAUNCH]
+        in_bytes, out_bytes = rows * maps[index, _IN], rows * maps[index, _OUT]
+        handle: Any = np.int64(0)
+        for i in range(sizes.shape[0]):
+            if sizes[i] >= rows:
+                handle = launches[index, i]
+                break
         frame_bytes = head_bytes + in_bytes
         if handle == 0 or filled > frame_bytes or _word(frame, _PAYLOAD_BYTES_AT) != in_bytes:
             return _OTHER, filled
@@ -228,7 +238,7 @@ def _serve(
 
 
 class RowServer:
-    """Serves single rows of one connection. For one thread.
+    """Serves masked rows of one connection. For one thread.
 
     Args:
         connection: of one client.
@@ -251,19 +261,16 @@ class RowServer:
         self._on_failure = on_failure
         self._stall_timeout_s = stall_timeout_s
         self._maps = np.array(
-            [
-                (m.in_features * m.ring_bytes, m.out_features * m.ring_bytes, launch)
-                for m, launch in zip(linear_maps, line.launches, strict=True)
-            ],
+            [(m.in_features * m.ring_bytes, m.out_features * m.ring_bytes) for m in linear_maps],
             np.int64,
         )
-        largest = self._maps[:, :_LAUNCH].max(axis=0)
-        self._frame = np.empty(max(FIRST_READ_BYTES, int(largest[_IN]) + _LONGEST_HEAD), np.uint8)
-        self._answer = np.empty(int(largest[_OUT]) + _LONGEST_HEAD, np.uint8)
+        # Memory that is never written to is never taken: a client that decodes needs one row's.
+        self._frame = np.empty(max(FIRST_READ_BYTES, line.inputs.size + _LONGEST_HEAD), np.uint8)
+        self._answer = np.empty(line.outputs.size + _LONGEST_HEAD, np.uint8)
         self._counts = np.zeros(3, np.int64)
 
     def run(self, idle_timeout_s: float) -> None:
-        """Serve single rows until the client sends something else, which the connection then has.
+        """Serve masked rows until the client sends something else, which the connection then has.
 
         Raises:
             IdlePeer, StalledPeer, ConnectionLost: as the connection's own methods.
@@ -276,6 +283,8 @@ class RowServer:
             connection.descriptor,
             _PATTERN,
             self._maps,
+            line.rows,
+            line.launches,
             line.launch,
             line.wait,
             line.stream,
@@ -309,12 +318,14 @@ class RowServer:
 
 def compile_loop() -> None:
     """Compile the loop, which takes seconds on a machine's first start, before a client waits."""
-    octets, table = np.zeros(FIRST_READ_BYTES, np.uint8), np.zeros((1, 3), np.int64)
+    octets, table = np.zeros(FIRST_READ_BYTES, np.uint8), np.zeros((1, 2), np.int64)
     no_socket, counts = -1, np.zeros(3, np.int64)
     why, _ = _serve(
         system_functions(),
         no_socket,
         _PATTERN,
+        table,
+        counts,
         table,
         0,
         0,

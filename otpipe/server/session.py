@@ -14,6 +14,7 @@ from otpipe.crypto.noise import choose_upload_bytes
 from otpipe.crypto.params import RlweParams, params_for_ring
 from otpipe.errors import ConnectionLost, OtpipeError, ProtocolError, RankDied
 from otpipe.model.spec import LinearMap
+from otpipe.pipeline.graphs import LINE_ROWS
 from otpipe.pipeline.jobs import EMPTY, JobHeader, Op
 from otpipe.protocol.messages import (
     A_KEY_BYTES,
@@ -88,7 +89,7 @@ class ClientSession:
         self._idle_timeout_s = idle_timeout_s
         self._ole: _OleState | None = None
         self._greeted = False
-        self._single_rows = False  # what came last
+        self._few_rows = False  # what came last
         self._row_server: RowServer | None = None
         self._waiting_since_s = 0.0
 
@@ -96,8 +97,8 @@ class ClientSession:
         """Answer requests until the client leaves or breaks the protocol."""
         try:
             while True:
-                if self._single_rows:
-                    self._serve_single_rows()
+                if self._few_rows:
+                    self._serve_few_rows()
                 self._waiting_since_s = time.monotonic()
                 message_type, header, announced = self._connection.receive_head(self._patience_s())
                 self._dispatch(message_type, header, announced)
@@ -121,7 +122,7 @@ class ClientSession:
         finally:
             self._drop_ole()
 
-    def _serve_single_rows(self) -> None:
+    def _serve_few_rows(self) -> None:
         """The next frames without Python, until something else comes."""
         if self._row_server is None:
             self._row_server = self._service.row_server(self._connection)
@@ -148,7 +149,7 @@ class ClientSession:
             log.info("the refused client was already gone")
 
     def _dispatch(self, message_type: int, header: Header, announced: int) -> None:
-        self._single_rows = False
+        self._few_rows = False
         if not self._greeted and message_type != MessageType.HELLO:
             raise ProtocolError(
                 f"the first message has type {message_type}; a client begins with HELLO"
@@ -209,7 +210,7 @@ class ClientSession:
         answer = memoryview(result.numpy())  # type: ignore[arg-type]
         head = message_head(Result(linear_map.index, request.rows), len(answer))
         self._connection.send_frame(head, answer)
-        self._single_rows = request.rows == 1
+        self._few_rows = request.rows <= LINE_ROWS[-1]
 
     def _ole_begin(self, request: OleBegin, announced: int) -> None:
         self._no_payload(announced)

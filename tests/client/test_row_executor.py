@@ -11,8 +11,10 @@ from checkpoints import build_checkpoint
 from servers import LocalServer, local_server
 
 from otpipe import Client
-from otpipe.client import row_executor, store_rows
+from otpipe.client import row_exchange, store_rows
+from otpipe.client.store_files import SlotDamaged
 from otpipe.client.store_lease import PadReuseError
+from otpipe.client.store_rows import SpanReader
 from otpipe.errors import ServerRefused
 from otpipe.kernels.native_io import INTERRUPTED, TIMED_OUT
 from otpipe.server.lanes import Lane
@@ -65,13 +67,13 @@ def test_a_silent_server_is_left_for_a_new_connection(
     client: Client, expected: list[int], monkeypatch: pytest.MonkeyPatch, filled: int
 ) -> None:
     calls = []
-    genuine = row_executor.receive_opened
+    genuine = row_exchange.receive_opened
 
     def silent_once(*args: object) -> object:
         calls.append(args)
         return (TIMED_OUT, filled) if len(calls) == 4 else genuine(*args)
 
-    monkeypatch.setattr(row_executor, "receive_opened", silent_once)
+    monkeypatch.setattr(row_exchange, "receive_opened", silent_once)
     assert list(client.generate_ids(PROMPT, NUM_TOKENS)) == expected
 
 
@@ -79,13 +81,13 @@ def test_a_signal_between_two_pieces_loses_nothing(
     client: Client, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    genuine = row_executor.receive_opened
+    genuine = row_exchange.receive_opened
 
     def interrupted_first(*args: object) -> object:
         calls.append(args)
         return (INTERRUPTED, 0) if len(calls) % 2 else genuine(*args)
 
-    monkeypatch.setattr(row_executor, "receive_opened", interrupted_first)
+    monkeypatch.setattr(row_exchange, "receive_opened", interrupted_first)
     assert list(client.generate_ids(PROMPT, NUM_TOKENS)) == expected
 
 
@@ -96,7 +98,7 @@ def test_after_ctrl_c_no_later_request_takes_the_answer(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(row_executor, "receive_opened", interrupted)
+        patch.setattr(row_exchange, "receive_opened", interrupted)
         with pytest.raises(KeyboardInterrupt):
             list(client.generate_ids(PROMPT, NUM_TOKENS))
     assert list(client.generate_ids(PROMPT, NUM_TOKENS)) == expected
@@ -114,31 +116,52 @@ def test_a_refusal_is_told(client: Client, monkeypatch: pytest.MonkeyPatch) -> N
         list(tokens)
 
 
-def test_a_reader_gives_what_the_lease_would_have_given_and_once(client: Client) -> None:
-    store = client.row_executor._store
-    first, second = store.draw(1), store.draw(1)
-    reader = first.row_reader()
-    assert reader is not None, "this test needs AES instructions"
-    pads, corrections = [reader.first_pad()], []
-    for _ in client.bundle.spec.maps:
-        correction, pad = reader.advance()
-        corrections.append(correction)
-        pads.append(pad)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_reader_gives_what_the_lease_would_have_given_and_once(client: Client, rows: int) -> None:
+    store, maps = client.row_executor._store, client.bundle.spec.maps
+    first, other = store.draw(rows + 2), store.draw(1)
+    reader = first.row_reader(slice(1, rows + 1))
+    assert isinstance(reader, SpanReader), "this test needs AES instructions"
+    pads, corrections = [reader.first_pads().copy()], []
+    for linear_map in maps:
+        correction, pad = reader.advance(linear_map.index)
+        corrections.append(correction.copy())
+        pads.append(pad.copy())
     assert pads.pop().size == 0
     with pytest.raises(PadReuseError):
-        first.masks(0)
+        first.masks(0, slice(0, 2))
     with pytest.raises(PadReuseError):
-        first.corrections(0)
-    with pytest.raises((AssertionError, IndexError)):
-        reader.advance()
-    batch, slot = first.spans[0].batch, first.spans[0].first_slot
-    for m, pad, correction in zip(client.bundle.spec.maps, pads, corrections, strict=True):
-        np.testing.assert_array_equal(pad, batch.pads(m.index, slot, 1)[0])
-        np.testing.assert_array_equal(correction, batch.corrections(m.index, slot, 1)[0])
-    second.close()
+        first.corrections(0, slice(0, 2))
+    first.masks(0, slice(0, 1))  # not among those that were claimed
+    with pytest.raises(IndexError):
+        reader.advance(0)
+    batch, slot = first.spans[0].batch, first.spans[0].first_slot + 1
+    for m, pad, correction in zip(maps, pads, corrections, strict=True):
+        np.testing.assert_array_equal(pad, batch.pads(m.index, slot, rows))
+        np.testing.assert_array_equal(correction, batch.corrections(m.index, slot, rows))
+    late = other.row_reader()
+    other.close()
     with pytest.raises(RuntimeError, match="closed"):
-        late = store.draw(1)
-        late_reader = late.row_reader()
-        assert late_reader is not None
-        late.close()
-        late_reader.first_pad()
+        late.first_pads()
+
+
+def test_a_reader_keeps_to_the_order_of_the_maps(client: Client) -> None:
+    with client.row_executor._store.draw(1) as lease:
+        reader = lease.row_reader()
+        reader.first_pads()
+        reader.advance(0)
+        with pytest.raises(AssertionError):
+            reader.advance(0)
+
+
+def test_a_damaged_correction_names_its_row(client: Client) -> None:
+    with client.row_executor._store.draw(4) as lease:
+        reader = lease.row_reader(slice(1, 4))
+        assert isinstance(reader, SpanReader)
+        reader.first_pads()
+        expected = reader._regions[0].expected
+        expected.setflags(write=True)
+        expected[lease.spans[0].first_slot + 2] += np.uint64(1)
+        with pytest.raises(SlotDamaged, match="checksum differs") as caught:
+            reader.advance(0)
+        assert caught.value.row == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,9 @@ from checkpoints import build_checkpoint
 from torch import Tensor
 
 from otpipe.model.checkpoint import Checkpoint
-from otpipe.pipeline.graphs import RECORDED_ROWS
+from otpipe.kernels.cpu import kernel
+from otpipe.kernels.native_io import call_1, call_2
+from otpipe.pipeline.graphs import LINE_ROWS, NUM_LINES, RECORDED_ROWS, RowLine
 from otpipe.pipeline.stage import Stage
 
 pytestmark = pytest.mark.gpu
@@ -63,3 +67,46 @@ def test_warm_up_records_every_map(stages: tuple[Stage, Stage]) -> None:
     for rows in range(1, RECORDED_ROWS[-1] + 1):
         assert all(cuda._graphs.recorded(index, rows) for index in cuda._maps)
     assert not cuda._graphs.recorded(0, RECORDED_ROWS[-1] + 1)
+
+
+@kernel
+def _replay(launch: int, wait: int, handle: int, stream: int) -> int:
+    failed = call_2(launch, handle, stream)
+    return failed if failed != 0 else call_1(wait, stream)
+
+
+def test_lines_replay_side_by_side_and_equal_the_cpu(stages: tuple[Stage, Stage]) -> None:
+    """Every map and size; the temporary memory of one line is no other's."""
+    cpu, cuda = stages
+    lines = cuda.row_lines
+    assert len(lines) == NUM_LINES
+    payloads = [
+        [_payload(rows * m.in_features * m.ring_bytes) for rows in LINE_ROWS]
+        for m in cpu._linear_maps
+    ]
+    wants = [
+        [
+            cpu.linear(m.index, rows, payloads[m.index][i]).numpy()
+            for i, rows in enumerate(LINE_ROWS)
+        ]
+        for m in cpu._linear_maps
+    ]
+    failures: list[str] = []
+
+    def replay_all(line: RowLine) -> None:
+        torch.cuda.set_device(0)
+        for linear_map in cpu._linear_maps:
+            for i, rows in enumerate(LINE_ROWS):
+                handle = int(line.launches[linear_map.index, i])
+                payload, want = payloads[linear_map.index][i], wants[linear_map.index][i]
+                line.inputs[: payload.numel()] = payload.numpy()
+                failed = _replay(line.launch, line.wait, handle, line.stream)
+                if handle == 0 or failed or not np.array_equal(line.outputs[: want.size], want):
+                    failures.append(f"{linear_map.name}, {rows} rows: {failed}")
+
+    threads = [threading.Thread(target=replay_all, args=(line,)) for line in lines]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not failures

@@ -30,6 +30,7 @@ _Launch = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _Wait = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64)
 
 STREAM = 77
+SIZES = (1, 4)
 OUT_OF_ORDER = 719
 
 
@@ -44,16 +45,18 @@ class FakeDevice:
         self._maps = stage._linear_maps
         self._launch, self._wait = _Launch(self._on_launch), _Wait(self._on_wait)
         held = [m for m in self._maps if m.index in stage._maps and m.index not in missing]
-        launches = np.zeros(len(self._maps), np.int64)
+        launches = np.zeros((len(self._maps), len(SIZES)), np.int64)
         for linear_map in held:
-            launches[linear_map.index] = linear_map.index + 1
+            for column, rows in enumerate(SIZES):
+                launches[linear_map.index, column] = 1000 * rows + linear_map.index
         self.line = RowLine(
             address_of(self._launch),
             address_of(self._wait),
+            np.array(SIZES, np.int64),
             launches,
             STREAM,
-            np.zeros(max(m.in_features * m.ring_bytes for m in held), np.uint8),
-            np.zeros(max(m.out_features * m.ring_bytes for m in held), np.uint8),
+            np.zeros(SIZES[-1] * max(m.in_features * m.ring_bytes for m in held), np.uint8),
+            np.zeros(SIZES[-1] * max(m.out_features * m.ring_bytes for m in held), np.uint8),
             new_mutex(),
         )
 
@@ -61,13 +64,14 @@ class FakeDevice:
         assert stream == STREAM
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
-        self.launched.append(handle - 1)
+        rows, index = divmod(handle, 1000)
+        self.launched.append(index)
         time.sleep(0.001)  # lets another connection in, if it can get in
         if self.broken:
             return OUT_OF_ORDER
-        linear_map = self._maps[handle - 1]
-        row = self.line.inputs[: linear_map.in_features * linear_map.ring_bytes]
-        result = self._stage.linear(handle - 1, 1, torch.from_numpy(row.copy())).numpy()
+        linear_map = self._maps[index]
+        payload = self.line.inputs[: rows * linear_map.in_features * linear_map.ring_bytes]
+        result = self._stage.linear(index, rows, torch.from_numpy(payload.copy())).numpy()
         self.line.outputs[: result.size] = result
         return 0
 
@@ -127,7 +131,13 @@ def test_every_map_and_whatever_comes_between(model: Path) -> None:
             _ask(server, client, map_index)
         # The first goes through the session, which then knows that single rows come.
         assert device.launched[-(num_maps - 1) :] == list(range(1, num_maps))
-        _ask(server, client, DOWN, rows=3)
+        before = len(device.launched)
+        for rows in (1, 2, 3, 4, 1):
+            _ask(server, client, DOWN, rows)
+        assert len(device.launched) - before == 5
+        _ask(server, client, DOWN, rows=5)
+        assert len(device.launched) - before == 5
+        _ask(server, client, DOWN, rows=70)
         _ask(server, client, DOWN)
         client.send(message_frame(Ping()))
         assert client.answer()[0] == MessageType.PONG
