@@ -28,11 +28,15 @@ from otpipe.client.store_lease import SlotLease
 from otpipe.client.store_rows import RowReader
 from otpipe.kernels.activations import rms_norm_rows
 from otpipe.kernels.rotary import rotate_rows
+from otpipe.kernels.row_ops import add_rows, attend_rows, swiglu_rows
 from otpipe.model.bundle import ModelBundle
 from otpipe.model.clear_ops import KVCache, RopeTables
 from otpipe.model.program import LogitsFor
 from otpipe.model.spec import LinearMap
 from otpipe.protocol.messages import max_linear_rows
+
+_FEW_POSITIONS = 128
+"""Up to which one compiled pass is faster than the framework's matrix products."""
 
 
 def most_rows(linear_map: LinearMap) -> int:
@@ -100,7 +104,7 @@ class ChunkExecutor:
         self._requests, self._answers = Memory(0), Memory(0)
         self._frames: dict[tuple[int, int], RowFrames] = {}
         self._chunk: Chunk
-        self._visible: Tensor
+        self._visible: Tensor | None = None
         self._reader: RowReader
         self._pads = np.empty((0, 0), np.uint32)  # of the map that comes next
 
@@ -108,7 +112,7 @@ class ChunkExecutor:
         """Take up a chunk."""
         self._chunk = chunk
         self._reader = chunk.lease.row_reader(chunk.rows, len(self.spec.maps) - 1)
-        self._visible = self._causal_mask(chunk)
+        self._visible = None
 
     def new_cache(self) -> Chunk:
         """The chunk taken up last: keys and values of the whole sequence, seen from its rows."""
@@ -209,33 +213,39 @@ class ChunkExecutor:
             qkv.numpy(), cos[:, 0].numpy(), sin[:, 0].numpy(), q_KTGD, keys_KPD, values_KPD, start
         )
         cache.turn.keys_written(layer)
+        out_TF = self._memory.take("context", (T, K * G * D), np.float32)
+        if end <= _FEW_POSITIONS:
+            attend_rows(q_KTGD, keys_KPD, values_KPD, start, out_TF)
+            return torch.from_numpy(out_TF)
         context = functional.scaled_dot_product_attention(
             torch.from_numpy(q_KTGD).view(1, K, T * G, D),
             torch.from_numpy(keys_KPD[None, :, :end]),
             torch.from_numpy(values_KPD[None, :, :end]),
-            attn_mask=self._visible,
+            attn_mask=self._causal_mask(cache),
         )
-        out = torch.from_numpy(self._memory.take("context", (T, K * G * D), np.float32))
+        out = torch.from_numpy(out_TF)
         out.view(T, K, G, D).copy_(context.view(K, T, G, D).transpose(0, 1))
         return out
 
     def _causal_mask(self, chunk: Chunk) -> Tensor:
         """float32 (T G, P): 0 where a row sees a position, minus infinity where it does not."""
-        T, G = chunk.num_rows, self.spec.num_heads // self.spec.num_kv_heads
-        seen = chunk.length + T
-        hidden_TP = torch.full((T, seen), -math.inf).triu_(chunk.length + 1)
-        return hidden_TP.repeat_interleave(G, dim=0)
+        if self._visible is None:
+            T, G = chunk.num_rows, self.spec.num_heads // self.spec.num_kv_heads
+            hidden_TP = torch.full((T, chunk.length + T), -math.inf).triu_(chunk.length + 1)
+            self._visible = hidden_TP.repeat_interleave(G, dim=0)
+        return self._visible
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         """See :class:`otpipe.model.program.Executor`."""
-        gate, up = gate_up.chunk(2, dim=1)
-        out = torch.from_numpy(self._memory.take("activated", tuple(gate.shape), np.float32))
-        torch.ops.aten.silu.out(gate, out=out)
-        return out.mul_(up)
+        shape = (len(gate_up), gate_up.shape[1] // 2)
+        out = self._memory.take("activated", shape, np.float32)
+        swiglu_rows(gate_up.numpy(), out)
+        return torch.from_numpy(out)
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         """See :class:`otpipe.model.program.Executor`; in place."""
-        return a.add_(b)
+        add_rows(a.numpy(), b.numpy())
+        return a
 
     def last_rows(self, x: Tensor, num_rows: int) -> Tensor:
         """See :class:`otpipe.model.program.Executor`."""

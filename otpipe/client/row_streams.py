@@ -40,7 +40,7 @@ MAX_STREAMS = 8
 
 MAX_CHUNK_ROWS = 128
 MIN_CHUNK_ROWS = 4
-MIN_CHUNK_BYTES = 1 << 18
+MIN_CHUNK_BYTES = 1 << 19
 """Request and answer of one map together, on average over a layer, that are worth a thread."""
 
 

@@ -1,10 +1,10 @@
-"""The decoder's non-linear steps for a single position, each one pass by one thread.
+"""The decoder's non-linear steps for one position or a few, each one pass by one thread.
 
 A decode step has hundreds of them on a few thousand numbers, where a framework's operator costs
 more than its arithmetic. The twins they are tested against are in ``otpipe.model.clear_ops``.
 
-Shape suffixes: P positions with room in the cache, K key/value heads, G query heads per key/value
-head, D head size, i intermediate size.
+Shape suffixes: T rows, P positions with room in the cache, K key/value heads, G query heads per
+key/value head, D head size, i intermediate size.
 """
 
 from __future__ import annotations
@@ -66,6 +66,64 @@ def swiglu_row(gate_up: Array, out_i: Array) -> None:
 
 
 @float_kernel
+def swiglu_rows(gate_up_TI: Array, out_Ti: Array) -> None:
+    """:func:`swiglu_row` of every row: float32 (T, 2 i) and (T, i)."""
+    for t in range(out_Ti.shape[0]):
+        swiglu_row(gate_up_TI[t], out_Ti[t])
+
+
+@float_kernel
+def add_rows(a_Tn: Array, b_Tn: Array) -> None:
+    """a += b, float32."""
+    for t in range(a_Tn.shape[0]):
+        a, b = a_Tn[t], b_Tn[t]
+        for j in range(a.shape[0]):
+            a[j] += b[j]
+
+
+@float_kernel
+def attend_rows(
+    q_KTGD: Array, keys_KPD: Array, values_KPD: Array, start: int, out_TF: Array
+) -> None:
+    """Causal softmax attention of rows whose keys and values are in the cache.
+
+    Args:
+        q_KTGD: float32, rotated queries; row t is position ``start`` + t and sees those up to it.
+        keys_KPD, values_KPD: the cache.
+        out_TF: float32 (T, K G D), heads in the order of the query.
+    """
+    num_kv_heads, num_rows, group, head_dim = q_KTGD.shape
+    factor = np.float32(1.0 / np.sqrt(head_dim))
+    query = np.empty(head_dim, np.float32)
+    scores = np.empty(start + num_rows, np.float32)
+    for k in range(num_kv_heads):
+        for t in range(num_rows):
+            seen = start + t + 1
+            for g in range(group):
+                for d in range(head_dim):
+                    query[d] = q_KTGD[k, t, g, d] * factor
+                at = (k * group + g) * head_dim
+                _attend(
+                    query, keys_KPD[k], values_KPD[k], scores[:seen], out_TF[t, at : at + head_dim]
+                )
+
+
+@float_kernel
+def _attend(query: Array, key_PD: Array, value_PD: Array, scores: Array, out: Array) -> None:
+    """out = softmax(query keys) values over the first positions, as many as ``scores`` holds."""
+    _scores(query, key_PD, scores)
+    peak = scores[0]
+    for p in range(scores.shape[0]):
+        peak = max(peak, scores[p])
+    total = np.float32(0.0)
+    for p in range(scores.shape[0]):
+        weight = _exp(scores[p] - peak)
+        scores[p] = weight
+        total += weight
+    _weighted_sum(scores, np.float32(1.0) / total, value_PD, out)
+
+
+@float_kernel
 def attend_row(
     qkv: Array,
     cos_D: Array,
@@ -100,18 +158,7 @@ def attend_row(
         value[position] = qkv[start : start + head_dim]
         for head in range(k * group, (k + 1) * group):
             _rotate(qkv, head * head_dim, cos_D, sin_D, factor, query)
-            _scores(query, key, scores)
-            peak = scores[0]
-            for p in range(seen):
-                peak = max(peak, scores[p])
-            total = np.float32(0.0)
-            for p in range(seen):
-                weight = _exp(scores[p] - peak)
-                scores[p] = weight
-                total += weight
-            _weighted_sum(
-                scores, np.float32(1.0) / total, value, out[head * head_dim : (head + 1) * head_dim]
-            )
+            _attend(query, key, value, scores, out[head * head_dim : (head + 1) * head_dim])
 
 
 @float_kernel

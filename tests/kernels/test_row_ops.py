@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from otpipe.kernels.row_ops import attend_row, swiglu_row
+from otpipe.kernels.row_ops import add_rows, attend_row, attend_rows, swiglu_row, swiglu_rows
 from otpipe.model.clear_ops import causal_attention
 
 
@@ -74,3 +74,35 @@ def test_attention_equals_the_framework(
 
     np.testing.assert_allclose(out, want[0].numpy(), rtol=2e-5, atol=2e-5)
     torch.testing.assert_close(cache, want_cache, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("num_rows", "start"), [(1, 0), (5, 0), (3, 17), (8, 120)])
+def test_rows_of_a_prompt_attend_as_the_framework_does(num_rows: int, start: int) -> None:
+    K, G, D, P = 2, 3, 24, start + num_rows
+    generator = torch.Generator().manual_seed(num_rows)
+    q_KTGD = 4 * torch.randn((K, num_rows, G, D), generator=generator)
+    keys, values = torch.randn((2, K, P + 5, D), generator=generator)
+    out = torch.full((num_rows, K * G * D), 7.0)
+    attend_rows(q_KTGD.numpy(), keys.numpy(), values.numpy(), start, out.numpy())
+    seen_TP = torch.ones((num_rows, P), dtype=torch.bool).tril(start)
+    want = functional.scaled_dot_product_attention(
+        q_KTGD.transpose(1, 2).reshape(K * G, num_rows, D).double(),
+        keys[:, :P].repeat_interleave(G, 0).double(),
+        values[:, :P].repeat_interleave(G, 0).double(),
+        attn_mask=seen_TP,
+    )
+    torch.testing.assert_close(
+        out.view(num_rows, K * G, D).transpose(0, 1).double(), want, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_rows_are_added_and_activated_row_by_row() -> None:
+    generator = torch.Generator().manual_seed(3)
+    gate_up, a = torch.randn((3, 14), generator=generator), torch.randn((3, 7), generator=generator)
+    out = torch.empty((3, 7))
+    swiglu_rows(gate_up.numpy(), out.numpy())
+    gate, up = gate_up.chunk(2, dim=1)
+    torch.testing.assert_close(out, functional.silu(gate) * up)
+    want = a + out
+    add_rows(a.numpy(), out.numpy())
+    assert torch.equal(a, want)

@@ -10,9 +10,9 @@ import torch
 from checkpoints import build_checkpoint
 from torch import Tensor
 
-from otpipe.model.checkpoint import Checkpoint
 from otpipe.kernels.cpu import kernel
 from otpipe.kernels.native_io import call_1, call_2
+from otpipe.model.checkpoint import Checkpoint
 from otpipe.pipeline.graphs import LINE_ROWS, NUM_LINES, RECORDED_ROWS, RowLine
 from otpipe.pipeline.stage import Stage
 
