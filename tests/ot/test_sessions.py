@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ot_helpers import Pair, both, make_pair, random_choices, random_values, reduced
 
+from otpipe.kernels import aes_native
 from otpipe.ot import (
     OtParams,
     ReceiveChosen,
@@ -18,7 +19,6 @@ from otpipe.ot import (
     SendChosen,
     SendCorrelated,
     SendOneOfMany,
-    aes_native,
     plan,
     receiver,
 )
