@@ -22,7 +22,7 @@ from typing import Any
 import click
 import harness
 import torch
-from shapes import SHAPES, qwen_config, write_checkpoint
+from shapes import SHAPES, qwen_config, write_checkpoint, write_outline
 from transformers import AutoModelForCausalLM
 
 from otpipe import Client
@@ -154,6 +154,9 @@ def limits(shape: str, num_layers: int | None, device: str, round_trips: float) 
 @click.option("--prefill-repeats", type=int, default=3)
 @click.option("--dtypes", default="bfloat16,float32", help="Of the baseline; empty: none.")
 @click.option("--check/--no-check", default=True, help="Compare logits with plaintext.")
+@click.option(
+    "--noise", is_flag=True, help="Make the weights on the device; no baseline, no check."
+)
 @click.option("--checkpoints", type=click.Path(path_type=Path), help="Where checkpoints go.")
 @click.option("--store", type=click.Path(path_type=Path), help="Where pads go.")
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file of the result.")
@@ -168,6 +171,7 @@ def main(
     prefill_repeats: int,
     dtypes: str,
     check: bool,
+    noise: bool,
     checkpoints: Path | None,
     store: Path | None,
     out: Path | None,
@@ -176,14 +180,18 @@ def main(
     lengths = [int(n) for n in prefill.split(",") if n]
     wanted = [(int(c.split(":")[0]), c.split(":")[1]) for c in configs.split(",")]
     with tempfile.TemporaryDirectory() as temporary:
-        model_dir = write_checkpoint(
-            shape, (checkpoints or Path(temporary)) / f"{shape}-{layers}", device, layers
-        )
+        model_dir = (checkpoints or Path(temporary)) / f"{shape}-{layers}"
+        if noise:  # there are no files that anybody else could read
+            write_outline(shape, model_dir, layers)
+            dtypes, check = "", False
+        else:
+            write_checkpoint(shape, model_dir, device, layers)
         pads = store or Path(temporary) / "store"
         result: dict[str, Any] = {
             "machine": harness.machine(),
             "shape": shape,
             "layers": layers,
+            "noise": noise,
             "device": device,
             "repeats": repeats,
             "prefill_repeats": prefill_repeats,
@@ -205,10 +213,9 @@ def main(
         for ranks, transport in wanted:
             started_s = time.perf_counter()
             with (
-                harness.server(model_dir, ranks, device, f"--transport={transport}") as (
-                    address,
-                    log,
-                ),
+                harness.server(
+                    model_dir, ranks, device, f"--transport={transport}", noise=noise
+                ) as (address, log),
                 Client(address, pads) as client,
             ):
                 load_s = time.perf_counter() - started_s

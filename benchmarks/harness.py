@@ -70,8 +70,14 @@ def copy_bandwidth(device: str) -> float:
 
 
 @contextmanager
-def server(model: Path, ranks: int, device: str, *args: str) -> Iterator[tuple[str, list[str]]]:
-    """Start ``otpipe.serve`` under torchrun; yields its address and the growing log."""
+def server(
+    model: Path, ranks: int, device: str, *args: str, noise: bool = False
+) -> Iterator[tuple[str, list[str]]]:
+    """Start ``otpipe.serve`` under torchrun; yields its address and the growing log.
+
+    ``noise``: with weights made by ``serve_noise.py``.
+    """
+    program = [str(ROOT / "benchmarks" / "serve_noise.py")] if noise else ["-m", "otpipe.serve"]
     process = subprocess.Popen(
         [
             sys.executable,
@@ -80,8 +86,7 @@ def server(model: Path, ranks: int, device: str, *args: str) -> Iterator[tuple[s
             f"--nproc_per_node={ranks}",
             "--rdzv_backend=c10d",
             "--rdzv_endpoint=127.0.0.1:0",
-            "-m",
-            "otpipe.serve",
+            *program,
             f"--model={model}",
             "--weights=public",
             f"--device={device}",

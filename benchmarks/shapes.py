@@ -7,11 +7,13 @@ real and language is not.
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import Qwen2Config
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 SHAPES: dict[str, dict[str, int | bool]] = {
     "0.5b": {"hidden": 896, "layers": 24, "heads": 14, "kv": 2, "mlp": 4864, "tied": True},
@@ -40,6 +42,51 @@ def qwen_config(name: str, num_layers: int | None = None) -> Qwen2Config:
         rms_norm_eps=1e-6,
         rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
     )
+
+
+def write_outline(name: str, directory: Path, num_layers: int | None = None) -> Path:
+    """Write a checkpoint whose matrices are holes in sparse files, for ``serve_noise.py``.
+
+    A model of 72 billion parameters has 145 GB of bf16 weights, more than many a disk with a GPU.
+    """
+    config = qwen_config(name, num_layers)
+    with torch.device("meta"):
+        tensors = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).state_dict()
+    if config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    directory.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(directory)
+    vectors = {n: t for n, t in tensors.items() if t.ndim == 1}
+    values = {
+        n: torch.full(t.shape, 0.0 if n.endswith("bias") else 1.0, dtype=t.dtype)
+        for n, t in vectors.items()
+    }
+    save_file(
+        values,
+        directory / "vectors.safetensors",
+        metadata={"format": "pt"},
+    )
+    index = dict.fromkeys(vectors, "vectors.safetensors")
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor_name, tensor in tensors.items():
+        if tensor_name not in vectors:
+            begin, end = end, end + tensor.nbytes
+            header[tensor_name] = {
+                "dtype": "BF16",
+                "shape": list(tensor.shape),
+                "data_offsets": [begin, end],
+            }
+            index[tensor_name] = "matrices.safetensors"
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with (directory / "matrices.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        file.truncate(8 + len(encoded) + end)
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": end}, "weight_map": index})
+    )
+    return directory
 
 
 def write_checkpoint(
