@@ -2,8 +2,8 @@
 
     python benchmarks/attention_products.py --shape 0.5b --positions 64 --positions 64
 
-Both parties are threads of one process and take turns, since a preparation is questions and
-answers: its seconds are those of both together. A prompt of all positions but one is then run, and
+Both parties are threads of one process on the same cores: the seconds of a preparation are those of
+both together. A prompt of all positions but one is then run, and
 one decode step is timed; its results are checked against integers.
 """
 
@@ -13,7 +13,7 @@ import json
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,13 @@ def split(secret: Share, device: str) -> tuple[Share, Share]:
         Share.of((secret.data - client).to(device), secret.bits),
         Share(client, secret.bits),
     )
+
+
+def quartiles(seconds: Sequence[float], scale: float) -> list[float]:
+    """First quartile, median and third quartile, times ``scale``."""
+    if len(seconds) == 1:
+        return [scale * seconds[0]] * 3
+    return [scale * cut for cut in statistics.quantiles(seconds, n=4, method="inclusive")]
 
 
 class Layer:
@@ -127,9 +134,15 @@ class Layer:
 @click.option("--positions", type=int, multiple=True, default=(64,), help="Of each block.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="The server's.")
 @click.option("--kv-heads", type=int, help="Measure so many of the key/value heads.")
+@click.option("--repeats", type=int, default=5, help="Preparations, each from nothing.")
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file of the result.")
 def main(
-    shape: str, positions: tuple[int, ...], device: str, kv_heads: int | None, out: Path | None
+    shape: str,
+    positions: tuple[int, ...],
+    device: str,
+    kv_heads: int | None,
+    repeats: int,
+    out: Path | None,
 ) -> None:
     """Prepare blocks of positions of one layer, then decode the last one."""
     published = SHAPES[shape]
@@ -140,10 +153,13 @@ def main(
 
     small = Layer(AttentionSizes(HeadShapes(2, 1, 8), SCORE_BITS, CONTEXT_BITS), device)
     small.prepare(8)  # compiles and warms up
-    layer, total = Layer(sizes, device), sum(positions)
-    prepare_s, first, expected, distance = [], 0, 0, []
+    total = sum(positions)
+    runs: list[list[float]] = []
+    for _ in range(repeats):
+        layer = Layer(sizes, device)
+        runs.append([layer.prepare(count) for count in positions])
+    first, expected, distance = 0, 0, []
     for count in positions:
-        prepare_s.append(layer.prepare(count))
         expected += 32 + sum(sizes.preparation_bytes(first, first + count))
         layers = int(published["layers"]) * num_kv
         distance.append(log2_distance((p, layers) for p in sizes.plans(first, first + count)))
@@ -171,8 +187,8 @@ def main(
         "kv_heads_measured": measured,
         "kv_heads": num_kv,
         "blocks": list(positions),
-        "prepare_s_per_layer": [scale * seconds for seconds in prepare_s],
-        "prepare_s_per_layer_and_position": scale * sum(prepare_s) / total,
+        "repeats": repeats,
+        "prepare_s_per_layer": [quartiles(block, scale) for block in zip(*runs, strict=True)],
         "prepare_bytes_per_layer": int(scale * (ahead - 32 * len(positions))),
         "log2_distance_of_a_block_all_layers": distance,
         "prompt_s": prompt_s,

@@ -53,6 +53,7 @@ _FRAMES, _BYTES_IN, _BYTES_OUT = range(3)  # counted
 
 _PREFIX_BYTES = PREFIX.size
 _RESULT_TYPE = int(MessageType.RESULT)
+_LONGEST_WAIT_MS = 2**31 - 1  # poll takes an int
 _TYPE_AT, _HEADER_BYTES_AT, _PAYLOAD_BYTES_AT = 6, 8, 12
 _INDEX_KEY = b"\x82\xa9map_index"
 _ROWS_KEY = b"\xa4rows"
@@ -293,8 +294,8 @@ class RowServer:
             line.outputs,
             self._frame,
             self._answer,
-            int(1000 * idle_timeout_s),
-            int(1000 * self._stall_timeout_s),
+            min(int(1000 * idle_timeout_s), _LONGEST_WAIT_MS),
+            min(int(1000 * self._stall_timeout_s), _LONGEST_WAIT_MS),
             looks_before_sleep(),
             self._counts,
         )

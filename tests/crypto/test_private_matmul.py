@@ -80,14 +80,14 @@ class Product:
         return ((self.client + self.server) & ((1 << self.plan.params.log2_p) - 1)).tolist()
 
 
-def product(params: MatmulParams, x: Tensor, y: Tensor) -> Product:
-    """All pieces of x (m, n) times y (n, T)."""
+def product(params: MatmulParams, x: Tensor, y: Tensor, device: str = "cpu") -> Product:
+    """All pieces of x (m, n) times y (n, T), the server on ``device``."""
     plan = ProductPlan(params, len(x), len(y), y.shape[1])
     secret, a_key = BatchSecret.generate(params), os.urandom(32)
     done = Product(plan, [secret], a_key, 0, [], torch.empty(0), torch.empty(0))
     client, server = [], []
     for index, piece in enumerate(plan.pieces, INDEX):
-        side, at = ProductServer(x, plan, piece, a_key, index), 0
+        side, at = ProductServer(x.to(device), plan, piece, a_key, index), 0
         for block in upload(secret, plan, piece, a_key, index, y):
             side.add_block(at, torch.from_numpy(block))
             at += len(block)
@@ -165,6 +165,15 @@ def test_both_backends_are_exact_in_a_small_ring(
     use_backend(monkeypatch, kind)
     x, y = ring((m, n), 51), ring((n, columns), 51)
     assert product(insecure(PRODUCT51), x, y).opened == exact(x, y, 51)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("params", MATMUL_PARAMS, ids=lambda params: params.name)
+def test_products_are_exact_on_a_gpu(params: MatmulParams) -> None:
+    bits = params.log2_p
+    x, y = ring((70, 33), bits), ring((33, 64), bits)
+    x[0], y[:, 0] = (1 << bits) - 1, (1 << bits) - 1
+    assert product(params, x, y, "cuda").opened == exact(x, y, bits)
 
 
 def test_pieces_cover_every_column_once() -> None:

@@ -41,10 +41,11 @@ from traffic_runs import (
 )
 
 from otpipe import Client
-from otpipe.client import chunk_executor, preparation, row_streams, store_pads, store_writer
+from otpipe.client import chunk_executor, preparation, row_streams, store_writer
 from otpipe.client.link import ServerLink
 from otpipe.client.store_batch import Batch
 from otpipe.client.store_lease import SlotLease
+from otpipe.client.store_rows import SpanReader
 from otpipe.crypto.randomness import random_bytes
 from otpipe.crypto.rlwe import BatchSecret
 
@@ -93,44 +94,65 @@ def test_a_slot_that_is_handed_out_twice(
     assert len(tokens) == 2
 
 
+Change = Callable[[int, NDArray[Any]], None]
+"""What a fault does, in place, to the values (rows, features) of a map."""
+
+
+def plant(patch: Patch, masks: Change, corrections: Change = lambda index, values: None) -> None:
+    """Faulty masks and corrections, from wherever slots are read."""
+    for name, change in (("masks", masks), ("corrections", corrections)):
+        real: Callable[..., NDArray[Any]] = getattr(SlotLease, name)
+
+        def changed(
+            self: SlotLease,
+            map_index: int,
+            rows: slice | None = None,
+            out: NDArray[Any] | None = None,
+            real: Callable[..., NDArray[Any]] = real,
+            change: Change = change,
+        ) -> NDArray[Any]:
+            values = real(self, map_index, rows, out)
+            change(map_index, values)
+            return values
+
+        patch.setattr(SlotLease, name, changed)
+    first_pads, advance = SpanReader.first_pads, SpanReader.advance
+
+    def changed_first(self: SpanReader) -> NDArray[Any]:
+        pads = first_pads(self)
+        masks(0, pads)
+        return pads
+
+    def changed_advance(self: SpanReader, map_index: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        values, pads = advance(self, map_index)
+        corrections(map_index, values)
+        if pads.size:
+            masks(map_index + 1, pads)
+        return values, pads
+
+    patch.setattr(SpanReader, "first_pads", changed_first)
+    patch.setattr(SpanReader, "advance", changed_advance)
+
+
 def test_the_same_mask_for_all_rows_of_a_message(
     server: LocalServer, tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    real = SlotLease.masks
-
-    def first_row_for_all(
-        self: SlotLease,
-        map_index: int,
-        rows: slice | None = None,
-        out: NDArray[Any] | None = None,
-    ) -> NDArray[Any]:
-        masks = real(self, map_index, rows, out)
+    def first_row_for_all(map_index: int, masks: NDArray[Any]) -> None:
         masks[1:] = masks[0]
-        return masks
 
-    monkeypatch.setattr(SlotLease, "masks", first_row_for_all)
+    plant(monkeypatch, first_row_for_all)
     findings = findings_of_generation(server, tmp_path, scattered(100))
     assert_found(findings, "are close in", "are repetitions")
 
 
 def zero_masks(patch: Patch, only_map: int | None = None) -> None:
     """No mask, and no correction to go with it."""
-    for name in ("masks", "corrections"):
-        real: Callable[..., NDArray[Any]] = getattr(SlotLease, name)
 
-        def zeroed(
-            self: SlotLease,
-            map_index: int,
-            rows: slice | None = None,
-            out: NDArray[Any] | None = None,
-            real: Callable[..., NDArray[Any]] = real,
-        ) -> NDArray[Any]:
-            values = real(self, map_index, rows, out)
-            if only_map in (None, map_index):
-                values[:] = 0
-            return values
+    def zero(map_index: int, values: NDArray[Any]) -> None:
+        if only_map in (None, map_index):
+            values[:] = 0
 
-        patch.setattr(SlotLease, name, zeroed)
+    plant(patch, zero, zero)
 
 
 @pytest.mark.parametrize("only_map", [None, 0, 2], ids=["all maps", "embedding", "one map"])
@@ -155,20 +177,12 @@ def test_a_missing_mask_tells_inputs_apart(
 
 def test_masks_of_31_bits(server: LocalServer, tmp_path: Path, monkeypatch: Patch) -> None:
     """A generator whose highest bit is always zero."""
-    real = store_pads.PadStream.rows
 
-    def short(
-        self: store_pads.PadStream,
-        first_slot: int,
-        count: int,
-        out: NDArray[Any] | None = None,
-    ) -> NDArray[Any]:
-        rows = real(self, first_slot, count, out)
-        if rows.dtype != np.uint8:
-            rows &= np.uint32(0x7FFFFFFF)
-        return rows
+    def short(map_index: int, masks: NDArray[Any]) -> None:
+        if masks.dtype != np.uint8:
+            masks &= np.uint32(0x7FFFFFFF)
 
-    monkeypatch.setattr(store_pads.PadStream, "rows", short)
+    plant(monkeypatch, short)
     findings = findings_of_generation(server, tmp_path, SAME_TOKEN[:200])
     assert_found(findings, "requests of 32 bits: byte 3 of 4")
 
