@@ -97,6 +97,7 @@ class SpanReader:
         self._first_row, self._check = first_row, check
         self._regions = batch.regions[:num_maps]
         self._next = 0
+        self._begun = False
         shapes = [region.shape for region in self._regions]
         self._pads = np.empty(count * max(s.pad_stride for s in shapes), np.uint8)
         self._corrections = np.empty(count * max(s.correction_bytes for s in shapes), np.uint8)
@@ -109,7 +110,8 @@ class SpanReader:
     def first_pads(self) -> np.ndarray:
         """See :class:`RowReader`."""
         self._check()
-        assert self._next == 0, "pads are given out once"
+        assert not self._begun, "pads are given out once"
+        self._begun = True
         region = self._regions[0]
         return self._batch.pads(region.shape.index, self._first_slot, self._count)
 

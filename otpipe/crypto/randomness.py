@@ -152,6 +152,8 @@ class Keystream:
     def _encrypt(self, first: int, skipped: int, row_blocks: int, out: NDArray[np.uint8]) -> None:
         """Whole blocks, leaving out ``skipped`` block numbers after each ``row_blocks``."""
         total = out.size // _AES_BLOCK
+        if total == 0:
+            return  # ``first`` may be 2^64, where the stream ends
         number = first - (first >> 63 << 64)  # as a signed integer, which compiled code takes
         if aes_native.NATIVE:
             aes_native.encrypt_counters_256(

@@ -72,13 +72,13 @@ def _encryption(rounds: int) -> Any:
         batch = min(8 * size, 16 * GROUP)
         for start in range(0, 16 * GROUP, batch):
             offsets = range(start, start + batch, size)
-            states = [builder.load(at(args[1], offset, vector), align=8) for offset in offsets]
+            states = [builder.load(at(args[1], offset, vector), align=1) for offset in offsets]
             states = [builder.xor(state, key(0)) for state in states]
             for index in range(1, rounds + 1):
                 function = step if index < rounds else last
                 states = [builder.call(function, [state, key(index)]) for state in states]
             for state, offset in zip(states, offsets, strict=True):
-                builder.store(state, at(args[0], offset, vector), align=8)
+                builder.store(state, at(args[0], offset, vector), align=1)
         return context.get_dummy_value()
 
     return types.void(types.uintp, types.uintp, types.uintp), codegen

@@ -115,7 +115,12 @@ class FrameConnection:
         """
         if self._descriptor < 0 and not isinstance(self._sock, ssl.SSLSocket):
             with contextlib.suppress(OSError):
-                self._descriptor = os.dup(self._sock.fileno())
+                number = self._sock.fileno()
+                copy = os.dup(number)
+                if self._sock.fileno() == number:
+                    self._descriptor = copy
+                else:  # closed by another thread, and the number may be another socket's by now
+                    os.close(copy)
         return self._descriptor
 
     def __del__(self) -> None:

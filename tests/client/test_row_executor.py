@@ -154,6 +154,15 @@ def test_a_reader_keeps_to_the_order_of_the_maps(client: Client) -> None:
             reader.advance(0)
 
 
+def test_a_reader_gives_its_first_pads_once(client: Client) -> None:
+    with client.mode.row_executor._store.draw(1) as lease:
+        reader = lease.row_reader()
+        assert isinstance(reader, SpanReader), "this test needs AES instructions"
+        reader.first_pads()
+        with pytest.raises(AssertionError, match="once"):
+            reader.first_pads()
+
+
 def test_a_damaged_correction_names_its_row(client: Client) -> None:
     with client.mode.row_executor._store.draw(4) as lease:
         reader = lease.row_reader(slice(1, 4))

@@ -109,6 +109,13 @@ class TestKeystream:
         parts = [stream(KEY, 9, start + a, b - a) for a, b in itertools.pairwise(edges)]
         assert b"".join(parts) == whole
 
+    @pytest.mark.parametrize("size", [0, 1, 5, 16, 21])
+    def test_the_last_bytes_of_a_stream(self, size: int) -> None:
+        end = 16 << 64
+        assert stream(KEY, 9, end - size, size) == stream(KEY, 9, end - 32, 32)[32 - size :]
+        with pytest.raises(ValueError, match="outside"):
+            stream(KEY, 9, end - size, size + 1)
+
     def test_parallel_equals_serial(self, monkeypatch: pytest.MonkeyPatch) -> None:
         parallel = stream(KEY, 1, 5, 3_000_001)
         monkeypatch.setattr(randomness, "_PARALLEL_BYTES", 1 << 30)

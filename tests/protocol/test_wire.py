@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 import threading
@@ -140,6 +141,32 @@ def test_closed_peer_stalled_peer_and_idle_peer_are_told_apart(pair: Pair) -> No
     peer.close()
     with pytest.raises(ConnectionLost, match="closed"):
         FrameConnection.receive_head(connection)
+
+
+def test_no_descriptor_of_a_socket_that_took_over_the_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another thread closes the connection, and the system gives its number away, before dup."""
+    near, far = socket.socketpair()
+    other, peer_of_other = socket.socketpair()
+    genuine = os.dup
+    copies: list[int] = []
+
+    def closed_meanwhile(number: int) -> int:
+        near.close()
+        taken = genuine(other.fileno())
+        assert taken == number, "the lowest number that is free"
+        copies.extend((taken, genuine(taken)))
+        return copies[1]
+
+    with far, other, peer_of_other:
+        connection = FrameConnection(near)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "dup", closed_meanwhile)
+            assert connection.descriptor == -1
+        with pytest.raises(OSError):
+            os.fstat(copies[1])
+        os.close(copies[0])
 
 
 def test_peer_that_takes_no_bytes_is_given_up(pair: Pair) -> None:
