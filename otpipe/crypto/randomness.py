@@ -195,15 +195,8 @@ def _count(
         stop = min(counters.shape[0], at + row_blocks - column)
         number = np.uint64(first) + np.uint64(row * (row_blocks + skipped) + column)
         for i in range(at, stop):
-            x = number + np.uint64(i - at)
-            x = ((x & np.uint64(0xFF00FF00FF00FF)) << np.uint64(8)) | (
-                (x >> np.uint64(8)) & np.uint64(0xFF00FF00FF00FF)
-            )
-            x = ((x & np.uint64(0xFFFF0000FFFF)) << np.uint64(16)) | (
-                (x >> np.uint64(16)) & np.uint64(0xFFFF0000FFFF)
-            )
             counters[i, 0] = np.uint64(prefix)
-            counters[i, 1] = (x << np.uint64(32)) | (x >> np.uint64(32))
+            counters[i, 1] = aes_native.byte_swapped(number + np.uint64(i - at))
         at, row, column = stop, row + 1, 0
 
 

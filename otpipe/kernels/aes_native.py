@@ -164,7 +164,7 @@ def encrypt_counters_256(
             if column == row_blocks:
                 number += np.uint64(skipped)
                 column = 0
-            counters[i, 1] = _byte_swapped(number)
+            counters[i, 1] = byte_swapped(number)
             number += np.uint64(1)
             column += 1
         if done + GROUP <= total:
@@ -176,7 +176,8 @@ def encrypt_counters_256(
 
 
 @kernel
-def _byte_swapped(x: Any) -> Any:
+def byte_swapped(x: Any) -> Any:
+    """A uint64 with its bytes in the opposite order."""
     x = ((x & np.uint64(0xFF00FF00FF00FF)) << np.uint64(8)) | (
         (x >> np.uint64(8)) & np.uint64(0xFF00FF00FF00FF)
     )

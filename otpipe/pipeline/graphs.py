@@ -125,14 +125,18 @@ class GraphedMaps:
         linear_map = self._linear_maps[map_index]
         return outputs.numpy()[: rows * linear_map.out_features * linear_map.ring_bytes].copy()
 
-    def record(self) -> None:
-        """Record every map for every number of rows. Nobody else may use the device meanwhile."""
+    def record(self, *, with_lines: bool) -> None:
+        """Record every map for every number of rows, and ``lines`` where somebody launches them.
+
+        Nobody else may use the device meanwhile.
+        """
         for rows in RECORDED_ROWS:
             self._buffers[rows] = self._new_buffers(rows)
             for index in self._indices:
                 graph = self._record(index, rows, self._buffers[rows], keep_graph=False)
                 self._graphs[index, rows] = graph
-        self.lines = [self._new_line() for _ in range(NUM_LINES)]
+        if with_lines:
+            self.lines = [self._new_line() for _ in range(NUM_LINES)]
 
     def recorded(self, map_index: int, rows: int) -> bool:
         """Whether :meth:`linear` can do this."""

@@ -160,7 +160,7 @@ def serve_rank(plan: RankPlan, shutdown: Shutdown) -> None:
         f"holds {len(maps)} of {len(spec.maps)} maps, "
         f"{stage.weight_bytes / 1e6:.1f} MB of int8 weights on {device}",
     )
-    stage.warm_up()
+    stage.warm_up(with_lines=plan.listener is not None)
     handle = _survivable(stage.handle, rank, device, shutdown)
     if plan.listener is None:
         worker = partial(_work, transport, handle, shutdown)
