@@ -16,7 +16,6 @@ Shapes: T slots, J coordinates of a block, N ring degree.
 from __future__ import annotations
 
 import os
-import queue
 import threading
 import time
 from collections import defaultdict
@@ -27,14 +26,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from otpipe.client.link import LinkOptions, ServerLink
+from otpipe.client.map_exchanges import MapExchanges, ProgressMeter
 from otpipe.client.store import PadStore
 from otpipe.client.store_checksum import transpose_and_sum
 from otpipe.client.store_writer import BatchWriter
 from otpipe.crypto.noise import choose_upload_bytes
 from otpipe.crypto.params import RlweParams, params_for_ring
 from otpipe.crypto.rlwe import BatchSecret, decrypt_block, encrypt_block
-from otpipe.errors import ConnectionLost, OtpipeError, ParameterError, ProtocolError
-from otpipe.kernels.cpu import in_this_thread
+from otpipe.errors import OtpipeError, ParameterError, ProtocolError
 from otpipe.model.bundle import ModelBundle
 from otpipe.model.spec import LinearMap
 from otpipe.protocol.messages import (
@@ -57,7 +56,6 @@ BLOCK_COORDINATES = 128
 EXCHANGES_AT_ONCE = min(8, max(2, os.cpu_count() or 1))
 """One core each while they encrypt or decrypt; each holds the memory stated above."""
 
-MAX_TRIES_A_MAP = 5
 QUEUE_TIMEOUT_S = 3600.0
 """How long an exchange waits for its turn on a rank that prepares for other clients."""
 
@@ -214,7 +212,7 @@ def _plan(bundle: ModelBundle, num_slots: int) -> _Plan:
     return _Plan(num_slots, tuple(maps))
 
 
-class _Batch:
+class _Batch(MapExchanges[_MapPlan]):
     """One batch under one secret key, which is dropped when the batch is done."""
 
     def __init__(
@@ -226,71 +224,20 @@ class _Batch:
         advance: Callable[[int], None],
         clock: StageClock,
     ) -> None:
+        super().__init__(options, bundle.fingerprint, advance)
         self._plan = plan
-        self._bundle = bundle
-        self._options = options
         self._writer = writer
-        self._advance = advance
         self._stage = clock.stage
         # A secret belongs to one parameter set, and lives as long as this object.
         self._secrets = {
             params.name: BatchSecret.generate(params)
             for params in {map_plan.params for map_plan in plan.maps}
         }
-        self._todo: queue.SimpleQueue[_MapPlan] = queue.SimpleQueue()
-        self._failure: BaseException | None = None
-        self._lock = threading.Lock()
-        self.bytes_sent = 0
-        self.bytes_received = 0
 
     def run(self) -> None:
         _compile(self._plan)
-        for map_plan in self._plan.maps:
-            self._todo.put(map_plan)
-        threads = [
-            threading.Thread(target=self._work, name=f"prepare {i}", daemon=True)
-            for i in range(EXCHANGES_AT_ONCE)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            while thread.is_alive():  # join() alone would not let Ctrl-C through on all systems
-                thread.join(0.2)
-        if self._failure is not None:
-            raise self._failure
-
-    def _work(self) -> None:
-        link: ServerLink | None = None
-        try:
-            link = ServerLink(self._options, self._bundle.fingerprint)
-            with in_this_thread():
-                while self._failure is None:
-                    try:
-                        map_plan = self._todo.get_nowait()
-                    except queue.Empty:
-                        return
-                    self._exchange_with_retries(link, map_plan)
-        except BaseException as error:
-            self._failure = self._failure or error
-        finally:
-            if link is not None:
-                traffic = link.current_traffic()
-                link.close()
-                with self._lock:
-                    self.bytes_sent += traffic.bytes_sent
-                    self.bytes_received += traffic.bytes_received
-
-    def _exchange_with_retries(self, link: ServerLink, plan: _MapPlan) -> None:
-        for attempt in range(1, MAX_TRIES_A_MAP + 1):
-            done_before = ProgressMeter(self._advance)
-            try:
-                return self._exchange(link, plan, done_before)
-            except ConnectionLost as error:
-                if attempt == MAX_TRIES_A_MAP:
-                    raise
-                done_before.take_back()
-                link.restore(error)
-        return None
+        # Any connection serves all maps: the gateway knows their ranks.
+        self._run({0: self._plan.maps}, EXCHANGES_AT_ONCE)
 
     def _exchange(self, link: ServerLink, plan: _MapPlan, meter: ProgressMeter) -> None:
         """Upload one map's encrypted pads and store the decrypted answers.
@@ -391,19 +338,3 @@ class PayloadBuffer:
         if self._held.size < num_bytes:
             self._held = np.empty(num_bytes, np.uint8)
         return self._held[:num_bytes]
-
-
-class ProgressMeter:
-    """Progress of one try, which can be taken back when the try fails."""
-
-    def __init__(self, advance: Callable[[int], None]) -> None:
-        self._advance = advance
-        self._done = 0
-
-    def add(self, num_bytes: int) -> None:
-        self._done += num_bytes
-        self._advance(num_bytes)
-
-    def take_back(self) -> None:
-        self._advance(-self._done)
-        self._done = 0

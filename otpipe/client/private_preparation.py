@@ -11,7 +11,6 @@ Shapes: T slots, J polynomials of a block, m outputs, n inputs.
 from __future__ import annotations
 
 import os
-import queue
 import threading
 import time
 from collections.abc import Callable
@@ -20,13 +19,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from otpipe.client.link import LinkOptions, ServerLink
+from otpipe.client.map_exchanges import MapExchanges, ProgressMeter
 from otpipe.client.preparation import (
-    MAX_TRIES_A_MAP,
     QUEUE_TIMEOUT_S,
     PayloadBuffer,
     PreparationReport,
     Progress,
-    ProgressMeter,
     StageClock,
 )
 from otpipe.client.store import BatchWriter, PadStore
@@ -34,8 +32,7 @@ from otpipe.client.store_checksum import transpose_and_sum
 from otpipe.crypto.private_params import PRIVATE_PARAMS, PrivatePacking, choose_packing
 from otpipe.crypto.private_rlwe import PrivateSecret, decrypt_block, encrypt_block, encrypt_key
 from otpipe.crypto.rlwe import BatchSecret
-from otpipe.errors import ConnectionLost, OtpipeError, ProtocolError
-from otpipe.kernels.cpu import in_this_thread
+from otpipe.errors import OtpipeError, ProtocolError
 from otpipe.model.private_description import PrivateDescription, PrivateMapShape
 from otpipe.pipeline.placement import Placement
 from otpipe.protocol.messages import (
@@ -152,7 +149,7 @@ def _plan(
     return tuple(sorted(plans, key=lambda plan: plan.wire_bytes, reverse=True))
 
 
-class _Batch:
+class _Batch(MapExchanges[_MapPlan]):
     """One batch under one secret key, which is dropped when the batch is done."""
 
     def __init__(
@@ -165,75 +162,23 @@ class _Batch:
         advance: Callable[[int], None],
         clock: StageClock,
     ) -> None:
-        self._options = options
-        self._fingerprint = fingerprint
+        super().__init__(options, fingerprint, advance)
         self._writer = writer
-        self._advance = advance
         self._stage = clock.stage
         self._secret: PrivateSecret = BatchSecret.generate(PARAMS)
-        self._todo: dict[int, queue.SimpleQueue[_MapPlan]] = {
-            rank: queue.SimpleQueue() for rank in range(placement.world_size)
+        self._plans: dict[int, list[_MapPlan]] = {
+            rank: [each for each in plan if each.rank == rank]
+            for rank in range(placement.world_size)
         }
-        for each in plan:
-            self._todo[each.rank].put(each)
-        self._failure: BaseException | None = None
-        self._lock = threading.Lock()
-        self.bytes_sent = 0
-        self.bytes_received = 0
 
     def run(self) -> None:
         _compile(self._writer.num_slots)
-        num_ranks = len(self._todo)
+        num_ranks = len(self._plans)
         a_rank = EXCHANGES_A_RANK if EXCHANGES_A_RANK * num_ranks <= MAX_EXCHANGES else 1
-        threads = [
-            threading.Thread(
-                target=self._work, args=(rank,), name=f"prepare {rank}.{i}", daemon=True
-            )
-            for i in range(a_rank)
-            for rank in self._todo
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            while thread.is_alive():  # join() alone would not let Ctrl-C through on all systems
-                thread.join(0.2)
-        if self._failure is not None:
-            raise self._failure
+        self._run(self._plans, a_rank)
 
-    def _work(self, rank: int) -> None:
-        link: ServerLink | None = None
-        try:
-            link = ServerLink(self._options, self._fingerprint)
-            link.attach(rank)
-            with in_this_thread():
-                while self._failure is None:
-                    try:
-                        plan = self._todo[rank].get_nowait()
-                    except queue.Empty:
-                        return
-                    self._exchange_with_retries(link, plan)
-        except BaseException as error:
-            self._failure = self._failure or error
-        finally:
-            if link is not None:
-                link.close()
-                traffic = link.current_traffic()
-                with self._lock:
-                    self.bytes_sent += traffic.bytes_sent
-                    self.bytes_received += traffic.bytes_received
-
-    def _exchange_with_retries(self, link: ServerLink, plan: _MapPlan) -> None:
-        for attempt in range(1, MAX_TRIES_A_MAP + 1):
-            meter = ProgressMeter(self._advance)
-            try:
-                return self._exchange(link, plan, meter)
-            except ConnectionLost as error:
-                if attempt == MAX_TRIES_A_MAP:
-                    raise
-                meter.take_back()
-                link.restore(error)
-                link.attach(plan.rank)
-        return None
+    def _connected(self, link: ServerLink, rank: int) -> None:
+        link.attach(rank)
 
     def _exchange(self, link: ServerLink, plan: _MapPlan, meter: ProgressMeter) -> None:
         """Upload one map's encrypted pads and store the decrypted answers.
