@@ -15,20 +15,23 @@ from typing import Any
 
 from torch.nn import functional
 
-from otpipe.client import chunk_executor, row_streams
+from otpipe.client import chunk_executor, row_exchange, row_streams, store_rows
 from otpipe.client.store_lease import SlotLease
 from otpipe.protocol.wire import FrameConnection
 
 STEPS: dict[str, tuple[Any, str]] = {
-    "pads": (SlotLease, "masks"),
-    "mask": (chunk_executor, "mask_rows"),
-    "send": (FrameConnection, "send_frame"),
-    "corrections": (SlotLease, "corrections"),
+    "corrections, next pads": (store_rows.SpanReader, "advance"),
+    "mask, send": (row_exchange, "send_masked"),
+    "receive, open": (row_exchange, "receive_opened"),
+    "embed: pads": (store_rows.SpanReader, "first_pads"),
+    "embed: send": (FrameConnection, "send_frame"),
     "wait for the answer": (FrameConnection, "_wait"),
-    "open": (chunk_executor, "open_outputs"),
+    "lm_head: pads": (SlotLease, "masks"),
+    "lm_head: corrections": (SlotLease, "corrections"),
     "rotate, write keys": (chunk_executor, "rotate_rows"),
     "wait for keys": (row_streams._Pass, "keys_written"),
     "attention": (functional, "scaled_dot_product_attention"),
+    "attention, few positions": (chunk_executor, "attend_rows"),
     "norm": (chunk_executor, "rms_norm_rows"),
     "swiglu": (chunk_executor.ChunkExecutor, "swiglu"),
     "add": (chunk_executor.ChunkExecutor, "add"),
