@@ -42,6 +42,12 @@ MAX_LINE_OUT_BYTES = 16 << 20
 """No line is recorded for larger results: lm_head of many rows, which is rarely asked for."""
 
 
+def most_line_rows(linear_map: LinearMap) -> int:
+    """Rows of one request that a line is recorded for, at most; 0 if for none."""
+    row_bytes = linear_map.out_features * linear_map.ring_bytes
+    return max((rows for rows in LINE_ROWS if rows * row_bytes <= MAX_LINE_OUT_BYTES), default=0)
+
+
 @dataclass(frozen=True, eq=False)
 class RowLine:
     """What a kernel needs to replay products. One at a time: hold ``mutex``.
@@ -125,8 +131,8 @@ class GraphedMaps:
         linear_map = self._linear_maps[map_index]
         return outputs.numpy()[: rows * linear_map.out_features * linear_map.ring_bytes].copy()
 
-    def record(self, *, with_lines: bool) -> None:
-        """Record every map for every number of rows, and ``lines`` where somebody launches them.
+    def record(self) -> None:
+        """Record every map for every number of rows, and ``lines``.
 
         Nobody else may use the device meanwhile.
         """
@@ -135,8 +141,7 @@ class GraphedMaps:
             for index in self._indices:
                 graph = self._record(index, rows, self._buffers[rows], keep_graph=False)
                 self._graphs[index, rows] = graph
-        if with_lines:
-            self.lines = [self._new_line() for _ in range(NUM_LINES)]
+        self.lines = [self._new_line() for _ in range(NUM_LINES)]
 
     def recorded(self, map_index: int, rows: int) -> bool:
         """Whether :meth:`linear` can do this."""
@@ -161,11 +166,7 @@ class GraphedMaps:
             for i in self._indices
             for column in range(len(LINE_ROWS))
         ]
-        recorded = [
-            (m, column)
-            for m, column in held
-            if LINE_ROWS[column] * m.out_features * m.ring_bytes <= MAX_LINE_OUT_BYTES
-        ]
+        recorded = [(m, column) for m, column in held if LINE_ROWS[column] <= most_line_rows(m)]
         buffers = _Buffers(
             *(
                 torch.zeros(max(sizes, default=0), dtype=torch.uint8, pin_memory=True)

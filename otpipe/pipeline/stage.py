@@ -64,7 +64,7 @@ class Stage:
 
     @property
     def row_lines(self) -> Sequence[RowLine]:
-        """What serves few rows without Python, after :meth:`warm_up` with lines; none on a CPU."""
+        """What serves few rows without Python, after :meth:`warm_up`; none on a CPU."""
         return () if self._graphs is None else self._graphs.lines
 
     def handle(self, job: JobHeader, payload: Tensor) -> tuple[JobHeader, Tensor]:
@@ -97,13 +97,10 @@ class Stage:
             return JobHeader(Op.FAILED), text
         return JobHeader(Op.DONE), EMPTY
 
-    def warm_up(self, *, with_lines: bool) -> None:
-        """Do what a first request would otherwise wait for.
-
-        ``with_lines``: also make :attr:`row_lines`, for the rank that clients' connections end at.
-        """
+    def warm_up(self) -> None:
+        """Do what a first request would otherwise wait for."""
         if self._graphs is not None:
-            self._graphs.record(with_lines=with_lines)
+            self._graphs.record()
 
     def linear(self, map_index: int, rows: int, payload: Tensor) -> Tensor:
         """W (x - r) for ``rows`` masked rows.

@@ -32,7 +32,9 @@ from otpipe.protocol.wire import FrameConnection
 from otpipe.server.gateway import Gateway, Listener, ListenOptions
 from otpipe.server.lanes import Lane, RankCall
 from otpipe.server.private_launch import PrivatePlan, serve_private
-from otpipe.server.row_server import RowServer, compile_loop
+from otpipe.server.row_loop import compile_loop
+from otpipe.server.row_ports import RowRoutes, open_row_port
+from otpipe.server.row_server import RowServer
 from otpipe.server.service import Audit, Service
 from otpipe.server.shutdown import EXIT_RANK_DIED, Shutdown
 
@@ -160,8 +162,11 @@ def serve_rank(plan: RankPlan, shutdown: Shutdown) -> None:
         f"holds {len(maps)} of {len(spec.maps)} maps, "
         f"{stage.weight_bytes / 1e6:.1f} MB of int8 weights on {device}",
     )
-    stage.warm_up(with_lines=plan.listener is not None)
+    stage.warm_up()
     handle = _survivable(stage.handle, rank, device, shutdown)
+    new_row_server = None
+    if stage.row_lines:
+        new_row_server = _row_servers(plan, stage.row_lines, transport, shutdown)
     if plan.listener is None:
         worker = partial(_work, transport, handle, shutdown)
         threading.Thread(target=worker, name="worker", daemon=True).start()
@@ -173,7 +178,7 @@ def serve_rank(plan: RankPlan, shutdown: Shutdown) -> None:
         else Lane(peer, _remote(transport, peer, device, shutdown), max_rows)
         for peer in range(options.world_size)
     ]
-    _open_gateway(plan, plan.listener, lanes, stage.row_lines, shutdown)
+    _open_gateway(plan, plan.listener, lanes, new_row_server, shutdown)
 
 
 def _join(plan: RankPlan) -> Transport:
@@ -217,7 +222,7 @@ def _open_gateway(
     plan: RankPlan,
     listener: Listener,
     lanes: list[Lane],
-    row_lines: Sequence[RowLine],
+    new_row_server: Callable[[FrameConnection], RowServer] | None,
     shutdown: Shutdown,
 ) -> None:
     audit = Audit() if plan.options.audit else None
@@ -227,7 +232,7 @@ def _open_gateway(
         lanes,
         audit,
         pinned=plan.device.type == "cuda",
-        new_row_server=_row_servers(plan, row_lines, shutdown) if row_lines else None,
+        new_row_server=new_row_server,
     )
     gateway = Gateway(service, plan.options.listen, listener)
     if audit is not None:
@@ -238,14 +243,25 @@ def _open_gateway(
 
 
 def _row_servers(
-    plan: RankPlan, row_lines: Sequence[RowLine], shutdown: Shutdown
+    plan: RankPlan, row_lines: Sequence[RowLine], transport: Transport, shutdown: Shutdown
 ) -> Callable[[FrameConnection], RowServer]:
-    """How connections get what serves their single rows; lines are taken in turn."""
+    """How connections get what serves their few rows; lines are taken in turn.
+
+    On the gateway these are clients' connections, and rows of other ranks' maps go on to them. On
+    the other ranks they are the gateway's, and are served from here on.
+    """
     compile_loop()
+    rank, listen, placement = plan.options.rank, plan.options.listen, plan.placement
     turn = itertools.cycle(row_lines)
 
     def failed(code: int) -> NoReturn:
-        raise _device_died(plan.options.rank, plan.device, f"driver error {code}", shutdown)
+        raise _device_died(rank, plan.device, f"driver error {code}", shutdown)
+
+    def lost(map_index: int) -> NoReturn:
+        owner = placement.owner_of_map[map_index]
+        error = RankDied(f"rank {owner} gave no answer to masked rows")
+        _ask_later(shutdown, error)
+        raise error
 
     def new(connection: FrameConnection) -> RowServer:
         _make_current(plan.device)
@@ -254,9 +270,17 @@ def _row_servers(
             plan.checkpoint.spec.maps,
             next(turn),
             failed,
-            plan.options.listen.stall_timeout_s,
+            listen.stall_timeout_s,
+            {} if routes is None else routes.connect(),
+            lost,
         )
 
+    routes = None
+    if plan.listener is None:
+        port = open_row_port(rank, transport.store, new, listen.stall_timeout_s)
+        shutdown.at_end(port.close)
+    else:
+        routes = RowRoutes(placement, transport.store, listen.stall_timeout_s)
     return new
 
 

@@ -121,6 +121,8 @@ class ClientSession:
             self._refuse("the server failed on an internal error; its log says more")
         finally:
             self._drop_ole()
+            if self._row_server is not None:
+                self._row_server.close()
 
     def _serve_few_rows(self) -> None:
         """The next frames without Python, until something else comes."""

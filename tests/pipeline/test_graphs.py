@@ -29,7 +29,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> tuple[Stage, Stage]:
         Stage(checkpoint.load_maps(indices, device), checkpoint.spec.maps, torch.device(device))
         for device in ("cpu", "cuda")
     )
-    cuda.warm_up(with_lines=True)
+    cuda.warm_up()
     return cpu, cuda
 
 
