@@ -169,7 +169,7 @@ def products_s(model_dir: Path, device: str) -> float:
         for _ in range(LIMIT_TOKENS):
             for index in range(len(maps)):
                 line = lines[index % len(lines)]
-                if call(line.launch)(int(line.launches[index]), line.stream):
+                if call(line.launch)(int(line.launches[index, 0]), line.stream):
                     raise SystemExit("the GPU refused a recorded product")
         torch.cuda.synchronize()
 
@@ -244,7 +244,7 @@ def main(
             )
     text = section(result)
     if doc is not None:
-        rewrite_section(doc, section_ or result["device"], text)
+        rewrite_section(doc, f"many_clients {section_ or result['device']}", text)
     click.echo(text)
 
 

@@ -140,15 +140,15 @@ def limits(result: dict[str, Any]) -> str:
     return "\n".join(f"- {part}" for part in parts)
 
 
-def rewrite_section(page: Path, name: str, text: str) -> None:
-    """Put ``text`` between the two comments of that name.
+def rewrite_section(page: Path, tag: str, text: str) -> None:
+    """Put ``text`` between the two comments with that tag.
 
     Raises:
         click.UsageError: the page does not have them.
     """
-    begin, end = f"<!-- many_clients {name} -->", f"<!-- many_clients {name} end -->"
+    begin, end = f"<!-- {tag} -->", f"<!-- {tag} end -->"
     before, found, rest = page.read_text().partition(begin)
     _, closed, after = rest.partition(end)
     if not found or not closed:
-        raise click.UsageError(f"{page} has no section {name!r}; put {begin} and {end} into it")
+        raise click.UsageError(f"{page} has no section {tag!r}; put {begin} and {end} into it")
     page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
