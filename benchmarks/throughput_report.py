@@ -117,7 +117,9 @@ def limits(result: dict[str, Any]) -> str:
     parts = []
     if "products_s" in result:
         taken_s = result["products_s"]
-        how = "one GPU, launched on all lines by one thread" if result["device"] == "cuda" else "all cores"
+        how = "all cores"
+        if result["device"] == "cuda":
+            how = "one GPU, launched on all lines by one thread"
         parts.append(
             f"The products alone ({how}, no client): {1e3 * taken_s:.2f} ms a token, "
             f"{1 / taken_s:.0f} tokens/s."
