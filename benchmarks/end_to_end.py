@@ -199,11 +199,6 @@ def main(
             "otpipe": {},
         }
 
-        def save() -> None:
-            if out is not None:
-                out.parent.mkdir(parents=True, exist_ok=True)
-                out.write_text(json.dumps(result, indent=1) + "\n")
-
         for dtype in filter(None, dtypes.split(",")):
             result["baseline"][dtype] = baseline(model_dir, device, dtype, lengths, tokens, repeats)
             gc.collect()  # the model, before the next one or the server takes its place
@@ -222,7 +217,7 @@ def main(
                 if "preparation" not in result:  # the pads fit every server of these weights
                     result["preparation"] = prepare(client, slots)
                     click.echo(json.dumps(result["preparation"]), err=True)
-                    save()
+                    harness.save(result, out)
                 measured = ours(client, lengths, tokens, repeats, prefill_repeats)
                 measured["load_s"] = load_s
                 measured["ranks_hold"] = [line.strip() for line in log if " holds " in line]
@@ -230,9 +225,9 @@ def main(
                     measured["logits_relative_error"] = error_against_plaintext(client, model_dir)
             result["otpipe"][f"{ranks} rank(s), {transport}"] = measured
             click.echo(json.dumps(measured), err=True)
-            save()
+            harness.save(result, out)
         result["limits"] = limits(shape, layers, device, measured["round_trips_a_token"])
-        save()
+        harness.save(result, out)
     click.echo(table(result))
 
 

@@ -9,7 +9,6 @@ Prints one table: perplexities, and how far the logits are from the plaintext in
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -162,18 +161,16 @@ def main(
             other = plain(part)
             for score, way in zip(scores.values(), ways, strict=True):
                 score.add(part, way(part), other)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        result = {
-            "machine": harness.machine(),
-            "model": model.name,
-            "tokens": len(token_ids),
-            "window": window,
-            "ranks": ranks,
-            "device": device,
-            "scores": {name: score.to_dict() for name, score in scores.items()},
-        }
-        out.write_text(json.dumps(result, indent=1) + "\n")
+    result = {
+        "machine": harness.machine(),
+        "model": model.name,
+        "tokens": len(token_ids),
+        "window": window,
+        "ranks": ranks,
+        "device": device,
+        "scores": {name: score.to_dict() for name, score in scores.items()},
+    }
+    harness.save(result, out)
     click.echo(table(scores, len(token_ids), window))
 
 

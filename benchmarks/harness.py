@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
 import re
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -44,6 +46,13 @@ def machine() -> dict[str, object]:
         "commit": commit or "unknown",
         "link": "loopback TCP, client and server on this machine",
     }
+
+
+def save(result: dict[str, Any], out: Path | None) -> None:
+    """Write ``result`` as JSON, if it is to go to a file."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def quartiles(values: Sequence[float]) -> dict[str, float]:

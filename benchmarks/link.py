@@ -9,7 +9,6 @@ where compute is the time of a token through the same proxy without delay.
 
 from __future__ import annotations
 
-import json
 import queue
 import socket
 import tempfile
@@ -150,9 +149,8 @@ def main(
                 row["predicted_s"] = row["rounds"] * rtt_ms / 1e3 + line_s + compute_s
                 rows.append(row)
     print(table(rows))
-    if out is not None:
-        result = {"machine": harness.machine(), "shape": name, "ranks": ranks, "links": rows}
-        out.write_text(json.dumps(result, indent=1) + "\n")
+    result = {"machine": harness.machine(), "shape": name, "ranks": ranks, "links": rows}
+    harness.save(result, out)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

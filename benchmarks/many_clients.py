@@ -261,11 +261,6 @@ def measure(
     """Fill ``result`` in, and write it to ``out`` after every step."""
     device, tokens, repeats = result["device"], result["tokens"], result["repeats"]
 
-    def save() -> None:
-        if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(result, indent=1) + "\n")
-
     for dtype in dtypes:
         measured = baseline(model_dir, device, dtype, [], tokens, repeats)["decode_tokens_per_s"]
         gc.collect()  # the model, before the server takes its place
@@ -304,7 +299,7 @@ def measure(
                         client.answer()
                     levels.append(level(clients[:count], tokens, repeats, monitor))
                     click.echo(json.dumps(levels[-1]), err=True)
-                    save()
+                    harness.save(result, out)
                 for client in clients:
                     client.send("close")
                 for client in clients:
@@ -313,7 +308,7 @@ def measure(
         for client in clients:
             client.end()
     result["products_s"] = products_s(model_dir, device)
-    save()
+    harness.save(result, out)
 
 
 if __name__ == "__main__":

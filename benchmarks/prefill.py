@@ -12,7 +12,6 @@ token, lm_head and sampling included.
 from __future__ import annotations
 
 import gc
-import json
 import resource
 import tempfile
 import time
@@ -165,11 +164,6 @@ def main(
             "otpipe": {},
         }
 
-        def save() -> None:
-            if out is not None:
-                out.parent.mkdir(parents=True, exist_ok=True)
-                out.write_text(json.dumps(result, indent=1) + "\n")
-
         for dtype in filter(None, dtypes.split(",")):
             result["baseline"][dtype] = baseline(model_dir, device, dtype, lengths, repeats)
             gc.collect()  # the model, before the next one or the server takes its place
@@ -195,10 +189,10 @@ def main(
                 result["otpipe"][f"{ranks} rank(s), {transport}"] = ours(
                     client, lengths, repeats, pids
                 )
-            save()
+            harness.save(result, out)
         assert spec is not None
         result["limits"] = {length: limits(spec, length, device) for length in lengths}
-        save()
+        harness.save(result, out)
     click.echo(table(result, qwen_config(shape, layers).num_hidden_layers))
 
 

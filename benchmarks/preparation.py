@@ -13,7 +13,6 @@ time over all cores, the rank's products one after the other, and the disk.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import statistics
@@ -297,9 +296,7 @@ def main(
         result["limits_s"] = limits(
             result, products, disk, store_bytes * result["slots"], int(ranks)
         )
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
+    harness.save(result, out)
     click.echo(table(result))
 
 

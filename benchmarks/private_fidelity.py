@@ -221,9 +221,7 @@ def main(
     result["scores"] = {name: score.to_dict() for name, score in scores.items()}
     plain = scores["transformers float32"].perplexity
     result["perplexity_ratio"] = scores["otpipe private"].perplexity / plain
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
+    harness.save(result, out)
     click.echo(
         table(scores, len(token_ids), window)
         .replace("against plaintext int8", "against the private weights in float32")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,24 +58,10 @@ class CuttingProxy(Proxy):
                 self.refuse = True
             return kept if kept < length else length - 1
 
-    def _pump(
-        self,
-        source: socket.socket,
-        sink: socket.socket,
-        record: bytearray,
-        number: int,
-        upward: bool,
-    ) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(1 << 16):
-                allowed = self._allowed(upward, len(data))
-                record += data if upward else data[:allowed]
-                sink.sendall(data[:allowed])
-                if allowed < len(data):
-                    break
-        for sock in (source, sink):
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+    def _forwarded(self, data: bytes, record: bytearray, number: int, upward: bool) -> bytes:
+        allowed = self._allowed(upward, len(data))
+        record += data if upward else data[:allowed]
+        return data[:allowed]
 
 
 @contextmanager

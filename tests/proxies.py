@@ -111,13 +111,18 @@ class Proxy:
     ) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
-                record += data
-                if upward and self.cut(number, len(record)):
+                forwarded = self._forwarded(data, record, number, upward)
+                sink.sendall(forwarded)
+                if len(forwarded) < len(data):
                     break
-                sink.sendall(data)
         for sock in (source, sink):
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
+
+    def _forwarded(self, data: bytes, record: bytearray, number: int, upward: bool) -> bytes:
+        """Record ``data``; returns what of it goes on: less than all of it cuts the connection."""
+        record += data
+        return b"" if upward and self.cut(number, len(record)) else data
 
     def cut_all(self) -> None:
         """Drop every open connection."""
