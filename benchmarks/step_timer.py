@@ -1,7 +1,8 @@
 """Where the threads of a pass spend their time, by wrapping the steps of the client.
 
 Only the steps of :data:`STEPS` are wrapped, none of which contains another one, so that their times
-add up. What remains of a thread's time is Python between them.
+add up; those in compiled code time themselves. What remains of a thread's time is Python between
+them, and a thread's rest when its chunks are done.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from torch.nn import functional
 
-from otpipe.client import chunk_executor, row_exchange, row_streams, store_rows
+from otpipe.client import chunk_executor, chunk_steps, row_exchange, row_streams, store_rows
 from otpipe.client.store_lease import SlotLease
 from otpipe.protocol.wire import FrameConnection
 
@@ -28,14 +29,22 @@ STEPS: dict[str, tuple[Any, str]] = {
     "wait for the answer": (FrameConnection, "_wait"),
     "lm_head: pads": (SlotLease, "masks"),
     "lm_head: corrections": (SlotLease, "corrections"),
-    "rotate, write keys": (chunk_executor, "rotate_rows"),
-    "wait for keys": (row_streams._Pass, "keys_written"),
     "attention": (functional, "scaled_dot_product_attention"),
-    "attention, few positions": (chunk_executor, "attend_rows"),
-    "norm": (chunk_executor, "rms_norm_rows"),
-    "swiglu": (chunk_executor.ChunkExecutor, "swiglu"),
-    "add": (chunk_executor.ChunkExecutor, "add"),
+    "open connections": (row_streams.RowStreams, "_open"),
 }
+COMPILED = {
+    chunk_steps.SENDING: "mask, send",
+    chunk_steps.READING: "corrections, next pads",
+    chunk_steps.RECEIVING: "receive, open",
+    chunk_steps.ROTATE: "rotate, write keys",
+    chunk_steps.WAITING: "wait for keys",
+    chunk_steps.ATTEND: "attention, few positions",
+    chunk_steps.NORM: "norm",
+    chunk_steps.SWIGLU: "swiglu",
+    chunk_steps.ADD: "add",
+}
+"""What compiled code times itself; how much of that was on a core it does not tell."""
+
 RECEIVE = (FrameConnection, "receive_due")
 """Contains the wait for the first bytes; what is left of it is receiving."""
 
@@ -66,16 +75,32 @@ class StepTimer:
 
         return call
 
+    def _compiled(self, run_steps: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            try:
+                return run_steps(*args)
+            finally:
+                (spent_ns,) = (a.spent_ns for a in args if isinstance(a, chunk_steps.ChunkTables))
+                with self._lock:
+                    for kind, name in COMPILED.items():
+                        self.wall_s[name] += 1e-9 * spent_ns[kind]
+                spent_ns[:] = 0
+
+        return call
+
     @contextmanager
     def running(self) -> Iterator[StepTimer]:
         """Time everything inside."""
         wrapped = {**STEPS, "receive": RECEIVE}
         real = {name: getattr(owner, attribute) for name, (owner, attribute) in wrapped.items()}
+        run_steps = chunk_executor.run_steps
         try:
+            chunk_executor.run_steps = self._compiled(run_steps)
             for name, (owner, attribute) in wrapped.items():
                 setattr(owner, attribute, self._timed(name, real[name]))
             yield self
         finally:
+            chunk_executor.run_steps = run_steps
             for name, (owner, attribute) in wrapped.items():
                 setattr(owner, attribute, real[name])
             for times in (self.wall_s, self.cpu_s):

@@ -3,6 +3,8 @@
 It computes what :class:`otpipe.client.masked_executor.MaskedExecutor` computes. What differs is
 how: every array lives in memory that the next layer uses again, and the keys and values of the rows
 before belong to other chunks, which are computed at the same time (``otpipe.client.row_streams``).
+The layers run in compiled code (``otpipe.client.chunk_steps``) where the connection is a plain one
+and slots can be read there; else step by step, by the methods that the program calls.
 
 Shapes: T rows of the chunk, n in_features, m out_features, V vocabulary, P positions, K key/value
 heads, G query heads a key/value head, D head size.
@@ -14,7 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -22,18 +24,33 @@ from torch import Tensor
 from torch.nn import functional
 
 from otpipe.client.chunk_memory import Workspace
+from otpipe.client.chunk_order import ChunkOrder
+from otpipe.client.chunk_steps import (
+    ATTEND,
+    KINDS,
+    SENDING,
+    VALUES,
+    WAITING,
+    ChunkTables,
+    Stop,
+    run_steps,
+)
+from otpipe.client.chunk_tables import StepTables
 from otpipe.client.link import ServerLink
-from otpipe.client.row_exchange import Memory, RowExchange, RowFrames
+from otpipe.client.row_exchange import ANSWER_MS, STALL_MS, Memory, RowExchange, RowFrames
 from otpipe.client.store_lease import SlotLease
-from otpipe.client.store_rows import RowReader
+from otpipe.client.store_rows import RowReader, SpanReader
+from otpipe.errors import ProtocolError
 from otpipe.kernels.activations import rms_norm_rows
+from otpipe.kernels.native_io import system_functions
 from otpipe.kernels.rotary import rotate_rows
 from otpipe.kernels.row_ops import add_rows, attend_rows, swiglu_rows
 from otpipe.model.bundle import ModelBundle
 from otpipe.model.clear_ops import KVCache, RopeTables
-from otpipe.model.program import LogitsFor
+from otpipe.model.program import LogitsFor, decoder_layers, logits_of
 from otpipe.model.spec import LinearMap
 from otpipe.protocol.messages import max_linear_rows
+from otpipe.protocol.wire import FrameConnection
 
 _FEW_POSITIONS = 128
 """Up to which one compiled pass is faster than the framework's matrix products."""
@@ -45,7 +62,17 @@ def most_rows(linear_map: LinearMap) -> int:
 
 
 class Turn(Protocol):
-    """How a chunk waits for the rows before it."""
+    """How a chunk waits for the rows before it.
+
+    Attributes:
+        order, number: the same for compiled code.
+    """
+
+    @property
+    def order(self) -> ChunkOrder: ...
+
+    @property
+    def number(self) -> int: ...
 
     def keys_written(self, layer: int) -> None:
         """Declare this chunk's keys and values of a layer written; return when those of all rows
@@ -65,6 +92,7 @@ class Chunk:
         cache: of the whole sequence, with room for the whole pass in every layer.
         logits_for: of which of this chunk's rows.
         turn: order among the chunks.
+        caches: of ``cache``, as of ``StepTables``.
     """
 
     lease: SlotLease
@@ -72,6 +100,7 @@ class Chunk:
     cache: KVCache
     logits_for: LogitsFor
     turn: Turn
+    caches: np.ndarray
 
     @property
     def num_rows(self) -> int:
@@ -93,9 +122,13 @@ class ChunkExecutor:
     ``linear``. The program holds none longer. Logits are the caller's.
     """
 
-    def __init__(self, bundle: ModelBundle, rope: RopeTables, link: ServerLink) -> None:
+    def __init__(
+        self, bundle: ModelBundle, rope: RopeTables, tables: StepTables, link: ServerLink
+    ) -> None:
         """``rope``: tables that reach as far as every chunk; shared, so never extended here."""
         self.spec = bundle.spec
+        self._tables = tables
+        self._link = link
         self._bundle = bundle
         self._gains = {name: gain.numpy() for name, gain in bundle.norms.items()}
         self._rope = rope
@@ -108,11 +141,112 @@ class ChunkExecutor:
         self._reader: RowReader
         self._pads = np.empty((0, 0), np.uint32)  # of the map that comes next
 
-    def begin(self, chunk: Chunk) -> None:
-        """Take up a chunk."""
+    def _begin(self, chunk: Chunk) -> None:
         self._chunk = chunk
         self._reader = chunk.lease.row_reader(chunk.rows, len(self.spec.maps) - 1)
         self._visible = None
+
+    def run(self, chunk: Chunk, token_ids: Sequence[int]) -> Tensor | None:
+        """One pass of the program over a chunk; its logits."""
+        self._begin(chunk)
+        x = self.embed(token_ids)
+        if self._link.plain_connection() is None or not self._run_compiled():
+            x = decoder_layers(self, x, chunk)
+        return logits_of(self, x, chunk.logits_for)
+
+    def _run_compiled(self) -> bool:
+        """All layers, from ``residual`` to ``residual``; False if nothing was done.
+
+        What compiled code stops at is done here, and it goes on behind that.
+        """
+        reader, turn, model = self._reader, self._chunk.turn, self._tables.model
+        if not isinstance(reader, SpanReader) or reader.tables() is None:
+            return False
+        chunk, step = self._chunk_tables(), 0
+        while step < len(model.steps):
+            connection, slots = self._link.plain_connection(), reader.tables()
+            if connection is None or slots is None:
+                raise ProtocolError("the server sent more than the answer that was due")
+            stop = Stop(
+                *run_steps(
+                    system_functions(),
+                    connection.descriptor,
+                    model,
+                    chunk,
+                    slots,
+                    turn.order,
+                    step,
+                    ANSWER_MS,
+                    STALL_MS,
+                )
+            )
+            self._count(chunk.counts, connection)
+            if stop.step < len(model.steps):
+                self._do_step(stop, chunk, connection)
+            step = stop.step + 1
+        reader.skip_to(len(self.spec.maps) - 1)
+        return True
+
+    def _chunk_tables(self) -> ChunkTables:
+        """The chunk taken up, with this executor's memory."""
+        spec, chunk = self.spec, self._chunk
+        T, maps = chunk.num_rows, self.spec.maps[1:-1]
+        widths = {"residual": spec.hidden_size, "normed": spec.hidden_size}
+        widths |= {"queries": spec.q_size, "context": spec.q_size}
+        widths |= {"activated": spec.map("down", 0).in_features}
+        widths |= {m.kind: m.out_features for m in maps}
+        values = [self._memory.take(name, (T, widths[name]), np.float32) for name in VALUES]
+        heads, head_bytes = self._tables.heads(T)
+        cos, sin = self._rope.rows(chunk.length, chunk.length + T)
+        return ChunkTables(
+            chunk.turn.number,
+            chunk.length,
+            np.array([(value.ctypes.data, value.shape[1]) for value in values], np.int64),
+            cos[:, 0].numpy(),
+            sin[:, 0].numpy(),
+            chunk.caches,
+            heads,
+            head_bytes,
+            self._requests.take(T * max(m.in_features * m.ring_bytes for m in maps)),
+            self._answers.take(T * max(m.out_features * m.ring_bytes for m in maps)),
+            np.empty(T, np.float64),
+            _FEW_POSITIONS,
+            np.zeros(3, np.int64),
+            np.zeros(KINDS, np.int64),
+        )
+
+    def _do_step(self, stop: Stop, chunk: ChunkTables, connection: FrameConnection) -> None:
+        """The step that compiled code has stopped at, or the rest of it."""
+        _, which, *_ = self._tables.model.steps[stop.step].tolist()
+        if stop.part == WAITING:
+            self._chunk.turn.check()
+        elif stop.part == ATTEND:
+            self._attend(which, self._chunk)
+        else:
+            linear_map = self.spec.maps[which]
+            cast(SpanReader, self._reader).skip_to(which)
+            shape = (chunk.units.size, linear_map.out_features)
+            self._exchange.go_on(
+                connection,
+                self._frames_for(linear_map, chunk.units.size),
+                chunk.units,
+                stop.part != SENDING,
+                stop.status,
+                stop.filled,
+                lambda: self._read_ahead(linear_map),
+                self._memory.take(linear_map.kind, shape, np.float32),
+            )
+
+    def _count(self, counts: np.ndarray, connection: FrameConnection) -> None:
+        """Add what compiled code has counted, and count from zero."""
+        frames, bytes_sent, bytes_received = counts.tolist()
+        counts[:] = 0
+        traffic = connection.traffic
+        traffic.frames_sent += frames
+        traffic.frames_received += frames
+        traffic.bytes_sent += bytes_sent
+        traffic.bytes_received += bytes_received
+        self._link.round_trips += frames
 
     def new_cache(self) -> Chunk:
         """The chunk taken up last: keys and values of the whole sequence, seen from its rows."""
@@ -198,30 +332,38 @@ class ChunkExecutor:
         return torch.from_numpy(rms_norm_rows(x.numpy(), gain, self.spec.rms_norm_eps))
 
     def attention(self, layer: int, qkv: Tensor, cache: Chunk) -> Tensor:
-        """See :class:`otpipe.model.program.Executor`.
-
-        The heads that share keys and values are rows of one query.
-        """
-        spec = self.spec
-        K, D = spec.num_kv_heads, spec.head_dim
-        T, G = len(qkv), spec.num_heads // K
+        """See :class:`otpipe.model.program.Executor`."""
+        T = len(qkv)
         start, end = cache.length, cache.length + T
         cos, sin = self._rope.rows(start, end)
-        q_KTGD = self._memory.take("queries", (K, T, G, D), np.float32)
+        q_KTGD = self._queries(T)
         keys_KPD, values_KPD = cache.cache.storage(layer, end)
         rotate_rows(
             qkv.numpy(), cos[:, 0].numpy(), sin[:, 0].numpy(), q_KTGD, keys_KPD, values_KPD, start
         )
         cache.turn.keys_written(layer)
+        return self._attend(layer, cache)
+
+    def _queries(self, T: int) -> np.ndarray:
+        """The rotated queries (K, T, G, D) of the layer under way."""
+        K, D = self.spec.num_kv_heads, self.spec.head_dim
+        return self._memory.take("queries", (K, T, self.spec.num_heads // K, D), np.float32)
+
+    def _attend(self, layer: int, chunk: Chunk) -> Tensor:
+        """Attention of the rotated queries. The heads that share keys are rows of one query."""
+        T, end = chunk.num_rows, chunk.length + chunk.num_rows
+        q_KTGD = self._queries(T)
+        K, _, G, D = q_KTGD.shape
+        keys_KPD, values_KPD = chunk.cache.storage(layer, end)
         out_TF = self._memory.take("context", (T, K * G * D), np.float32)
         if end <= _FEW_POSITIONS:
-            attend_rows(q_KTGD, keys_KPD, values_KPD, start, out_TF)
+            attend_rows(q_KTGD, keys_KPD, values_KPD, chunk.length, out_TF)
             return torch.from_numpy(out_TF)
         context = functional.scaled_dot_product_attention(
             torch.from_numpy(q_KTGD).view(1, K, T * G, D),
             torch.from_numpy(keys_KPD[None, :, :end]),
             torch.from_numpy(values_KPD[None, :, :end]),
-            attn_mask=self._causal_mask(cache),
+            attn_mask=self._causal_mask(chunk),
         )
         out = torch.from_numpy(out_TF)
         out.view(T, K, G, D).copy_(context.view(K, T, G, D).transpose(0, 1))

@@ -33,8 +33,11 @@ from otpipe.protocol.fixed_point import NOT_FINITE as NOT_FINITE_TEXT
 from otpipe.protocol.messages import Linear, MessageType, Result, message_head
 from otpipe.protocol.wire import MIN_BYTES_PER_S, STALL_TIMEOUT_S, FrameConnection, Header
 
-_ANSWER_MS = int(1000 * ANSWER_TIMEOUT_S)
-_STALL_MS = int(1000 * STALL_TIMEOUT_S)
+ANSWER_MS = int(1000 * ANSWER_TIMEOUT_S)
+"""For the first bytes of an answer."""
+
+STALL_MS = int(1000 * STALL_TIMEOUT_S)
+"""For each further wait, and for each until the socket takes more."""
 
 FOREIGN = BROKEN + 1
 """Something else arrived than the answer that is due; it waits in the answer's memory."""
@@ -303,13 +306,13 @@ class RowExchange:
                 frames.headroom,
                 PEAK_LIMIT,
                 unit_T,
-                _STALL_MS,
+                STALL_MS,
             )
             if status == NOT_FINITE:
                 raise OtpipeError(NOT_FINITE_TEXT)
             while status == INTERRUPTED:  # by a signal, whose handler has run by now
                 status, sent = send_all(
-                    functions, fd, frames.request, sent, frames.request.size, _STALL_MS
+                    functions, fd, frames.request, sent, frames.request.size, STALL_MS
                 )
             if status != DONE:
                 connection.close()
@@ -329,19 +332,15 @@ class RowExchange:
                     frames.scale_m,
                     frames.bias_m,
                     out_Tm,
-                    _ANSWER_MS,
-                    _STALL_MS,
+                    ANSWER_MS,
+                    STALL_MS,
                     looks_before_sleep(),
                 )
         except BaseException:
             self._link.drop()  # an answer may be under way, which no later request may take
             raise
-        if status == FOREIGN:
-            connection.unread(frames.answer[:filled])
-            return False
         if status != DONE:
-            if filled or status == TIMED_OUT:
-                connection.close()
+            self._leave(connection, frames, status, filled)
             return False
         traffic = connection.traffic
         traffic.frames_sent += 1
@@ -350,6 +349,47 @@ class RowExchange:
         traffic.bytes_received += filled
         self._link.round_trips += 1
         return True
+
+    @staticmethod
+    def _leave(connection: FrameConnection, frames: RowFrames, status: int, filled: int) -> None:
+        """After ``receive_opened`` that did not end well: the connection holds what came, or is
+        closed because a part of the answer is lost."""
+        if status == FOREIGN:
+            connection.unread(frames.answer[:filled])
+        elif filled or status == TIMED_OUT:
+            connection.close()
+
+    def go_on(
+        self,
+        connection: FrameConnection,
+        frames: RowFrames,
+        unit_T: np.ndarray,
+        sent: bool,
+        status: int,
+        filled: int,
+        meanwhile: Callable[[], np.ndarray],
+        out_Tm: np.ndarray,
+    ) -> None:
+        """Finish a map whose masked rows are in place, where compiled code has stopped.
+
+        Args:
+            connection: over which it was sent, or was to be.
+            unit_T: of the masked rows.
+            sent: whether the request has left; ``status`` and ``filled`` are then those of
+                ``receive_opened``, else ``status`` is that of ``send_masked``.
+            meanwhile: returns the corrections, uint32 (T, m).
+
+        Raises as :meth:`linear`.
+        """
+        if status == NOT_FINITE:
+            raise OtpipeError(NOT_FINITE_TEXT)
+        if sent:
+            self._leave(connection, frames, status, filled)
+        else:
+            connection.close()
+        once = _Once(meanwhile)
+        self.send(frames, once, connection)
+        open_rows(frames.answers, once.value, unit_T, frames.scale_m, frames.bias_m, out_Tm)
 
 
 class _Once:

@@ -24,23 +24,27 @@ import torch
 from torch import Tensor
 
 from otpipe.client.chunk_executor import Chunk, ChunkExecutor, most_rows
+from otpipe.client.chunk_order import ChunkOrder, fail, keys_written, new_order
+from otpipe.client.chunk_tables import StepTables
 from otpipe.client.link import LinkOptions, ServerLink
 from otpipe.client.masked_executor import MaskedExecutor
 from otpipe.client.store import PadStore
 from otpipe.errors import OtpipeError
 from otpipe.model.bundle import ModelBundle
 from otpipe.model.clear_ops import KVCache, RopeTables
-from otpipe.model.program import LogitsFor, forward
+from otpipe.model.program import LogitsFor, check_tokens, forward
 from otpipe.model.spec import ModelSpec
 
 log = logging.getLogger("otpipe.client")
 
-MAX_STREAMS = 8
-"""Connections of one pass. Python runs one thread at a time between the long calls."""
+MAX_STREAMS = 12
+"""Connections of one pass. The server's threads want cores as well."""
 
-MAX_CHUNK_ROWS = 128
+MAX_CHUNK_ROWS = 64
+"""As many as a server with a GPU has recorded products of (``pipeline.graphs``)."""
+
 MIN_CHUNK_ROWS = 4
-MIN_CHUNK_BYTES = 1 << 19
+MIN_CHUNK_BYTES = 1 << 18
 """Request and answer of one map together, on average over a layer, that are worth a thread."""
 
 
@@ -76,20 +80,8 @@ class _Pass:
     def __init__(self, num_chunks: int) -> None:
         self.logits: list[Tensor | None] = [None] * num_chunks
         self.error: BaseException | None = None
+        self.order = new_order(num_chunks)
         self._lock = threading.Lock()
-        # Layers whose keys and values are written, by the chunk and by all before it.
-        self._layers_written = [0] * num_chunks
-        self._written = [threading.Condition() for _ in range(num_chunks)]
-
-    def keys_written(self, number: int, layer: int) -> None:
-        if number > 0 and self._layers_written[number - 1] <= layer:
-            with self._written[number - 1]:
-                while self._layers_written[number - 1] <= layer and self.error is None:
-                    self._written[number - 1].wait()
-        self.check()
-        with self._written[number]:
-            self._layers_written[number] = layer + 1
-            self._written[number].notify_all()
 
     def check(self) -> None:
         if self.error is not None:
@@ -101,9 +93,7 @@ class _Pass:
             first = self.error is None
             if first:
                 self.error = error
-        for condition in self._written:
-            with condition:
-                condition.notify_all()
+        fail(self.order)
         return first
 
 
@@ -114,8 +104,13 @@ class _Turn:
     shared: _Pass
     number: int
 
+    @property
+    def order(self) -> ChunkOrder:
+        return self.shared.order
+
     def keys_written(self, layer: int) -> None:
-        self.shared.keys_written(self.number, layer)
+        if not keys_written(self.order, self.number, layer):
+            self.shared.check()
 
     def check(self) -> None:
         self.shared.check()
@@ -125,8 +120,8 @@ class RowStreams:
     """Passes of many rows, over the client's own connection and further ones.
 
     Chunk i goes over connection i mod the number of connections. The further connections are opened
-    for a pass and closed at its end, and so are its threads. A server that has no room for them
-    leaves the pass with fewer.
+    for a pass, while its first chunk is under way, and closed at its end, and so are its threads. A
+    server that has no room for them leaves the pass with fewer.
     """
 
     def __init__(
@@ -144,6 +139,7 @@ class RowStreams:
         self._options = options
         self._single = single
         self._rope = RopeTables(bundle.spec.rope, bundle.spec.head_dim)
+        self._tables = StepTables(bundle)
 
     def forward(
         self, token_ids: Sequence[int], cache: KVCache, logits_for: LogitsFor
@@ -158,10 +154,12 @@ class RowStreams:
         plan = plan_rows(spec, len(token_ids), torch.get_num_threads())
         if plan.num_streams == 1:
             return forward(self._single, token_ids, cache, logits_for)
+        check_tokens(spec, token_ids, cache.length)
         end = cache.length + len(token_ids)
         self._rope.rows(0, end)
-        for layer in range(spec.num_layers):
-            cache.storage(layer, end)
+        caches = self._tables.caches(cache, end)
+        for rows in plan.chunks:
+            self._tables.heads(rows.stop - rows.start)
         shared = _Pass(len(plan.chunks))
         with self._store.draw(len(token_ids)) as lease:
             self._single.slots_used += len(token_ids)
@@ -173,6 +171,7 @@ class RowStreams:
                     cache,
                     "none" if logits_for == "last" and number < last else logits_for,
                     _Turn(shared, number),
+                    caches,
                 )
                 for number, rows in enumerate(plan.chunks)
             ]
@@ -188,47 +187,50 @@ class RowStreams:
     ) -> None:
         """All chunks, in threads that have ended when this returns or raises."""
         num_threads = torch.get_num_threads()
-        further: list[ServerLink] = []
+        links, all_open = [self._link], threading.Event()
+
+        def give_up(error: BaseException) -> None:
+            if shared.fail(error):
+                self._link.interrupt()
+                for link in links[1:]:
+                    link.close()
+
+        def stream(first: int) -> None:
+            executor = ChunkExecutor(self._bundle, self._rope, self._tables, links[first])
+            try:
+                number = first
+                while number < len(chunks):
+                    chunk = chunks[number]
+                    shared.logits[number] = executor.run(chunk, token_ids[chunk.rows])
+                    all_open.wait()
+                    number += len(links)
+            except BaseException as error:
+                give_up(error)
+
         try:
             # The chunks are what runs in parallel: inside one, a second thread would only wait.
             with ThreadPoolExecutor(num_streams, "rows", torch.set_num_threads, (1,)) as pool:
-                wait([pool.submit(self._open, further) for _ in range(num_streams - 1)])
-                links = [self._link, *further]
-
-                def give_up(error: BaseException) -> None:
-                    if shared.fail(error):
-                        self._link.interrupt()
-                        for link in further:
-                            link.close()
-
-                def stream(first: int) -> None:
-                    executor = ChunkExecutor(self._bundle, self._rope, links[first])
-                    try:
-                        for number in range(first, len(chunks), len(links)):
-                            chunk = chunks[number]
-                            executor.begin(chunk)
-                            shared.logits[number] = forward(
-                                executor, token_ids[chunk.rows], chunk, chunk.logits_for
-                            )
-                    except BaseException as error:
-                        give_up(error)
-
                 try:
-                    wait([pool.submit(stream, first) for first in range(len(links))])
+                    streams = [pool.submit(stream, 0)]
+                    wait([pool.submit(self._open, links) for _ in range(num_streams - 1)])
+                    all_open.set()
+                    streams += [pool.submit(stream, first) for first in range(1, len(links))]
+                    wait(streams)
                 except BaseException as error:  # the user's Ctrl-C
                     give_up(error)
+                    all_open.set()
                     raise
         finally:
             torch.set_num_threads(num_threads)  # the streams have set the default of new threads
-            for link in further:
+            for link in links[1:]:
                 link.close()
                 self._link.absorb(link)
             self._link.resume()
 
-    def _open(self, further: list[ServerLink]) -> None:
+    def _open(self, links: list[ServerLink]) -> None:
         """Add one more connection to the same weights, where the server has room for it."""
         try:
             fingerprint = self._link.welcome.fingerprint
-            further.append(ServerLink(self._options, fingerprint, seek_for_s=0.0))
+            links.append(ServerLink(self._options, fingerprint, seek_for_s=0.0))
         except OtpipeError as error:
             log.info("a pass goes on with fewer connections: %s", error)

@@ -24,6 +24,7 @@ from otpipe.client.store_layout import (
     SPENT,
     MapShape,
     ModelLayout,
+    RegionTables,
     is_fingerprint,
     parse_batch_dir,
 )
@@ -91,6 +92,7 @@ class Batch:
         self._counter: SpentCounter | None = None
         self._refusal = ""  # why no pads are handed out any more
         self._regions: dict[int, MapRegion] = {}
+        self._tables: RegionTables | None = None
         try:
             self._open(writable)
         except FileNotFoundError as error:
@@ -223,6 +225,21 @@ class Batch:
         """Where each map's corrections and pads are, in the order of the layout."""
         return list(self._regions.values())
 
+    def tables(self) -> RegionTables | None:
+        """:attr:`regions` as tables; None where maps are not numbered by their places, or the pads
+        of any map but the first have gaps. With AES instructions only."""
+        shapes = enumerate(self.layout.shapes)
+        if self._tables is None and all(s.index == i and not (i and s.pad_gap) for i, s in shapes):
+            streams = [region.pads.stream for region in self.regions]
+            self._tables = RegionTables(
+                np.array([region.offset for region in self.regions], np.int64),
+                np.array([stream.prefix for stream in streams], np.int64),
+                np.stack([stream.round_keys for stream in streams]),
+                np.stack([region.expected for region in self.regions]),
+                position_weights(self.layout.max_out_features),
+            )
+        return self._tables
+
     @property
     def corrections_fd(self) -> int:
         """Descriptor of the file of corrections; -1 after the end."""
@@ -286,7 +303,7 @@ class Batch:
 
     def close(self) -> None:
         """Forget the keys and close the files."""
-        self._regions = {}
+        self._regions, self._tables = {}, None
         if self._counter is not None:
             self._counter.close()
         if self._corrections_fd >= 0:

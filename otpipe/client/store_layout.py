@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -78,6 +78,11 @@ class MapShape:
         return -(-self.pad_bytes // _PAD_ALIGNMENT) * _PAD_ALIGNMENT
 
     @property
+    def pad_gap(self) -> int:
+        """Keystream bytes between the pads of two slots, which nobody uses."""
+        return self.pad_stride - self.pad_bytes
+
+    @property
     def correction_bytes(self) -> int:
         return self.out_features * self.ring_bytes
 
@@ -120,6 +125,21 @@ class ModelLayout:
             offsets.append(offset)
             offset += num_slots * shape.correction_bytes
         return tuple(offsets)
+
+
+class RegionTables(NamedTuple):
+    """All regions of a batch for compiled code, in the order of the layout; M of them, T slots.
+
+    Attributes:
+        offsets: int64 (M,), of the slot 0 in the file. prefixes: int64 (M,). round_keys: uint64
+            (M, 15, 2). expected: uint64 (M, T). weights: of the longest row.
+    """
+
+    offsets: np.ndarray
+    prefixes: np.ndarray
+    round_keys: np.ndarray
+    expected: np.ndarray
+    weights: np.ndarray
 
 
 def check_num_slots(num_slots: int) -> None:

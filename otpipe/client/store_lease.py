@@ -12,7 +12,7 @@ import numpy as np
 
 from otpipe.client.store_batch import Batch
 from otpipe.client.store_files import SlotDamaged
-from otpipe.client.store_layout import ModelLayout
+from otpipe.client.store_layout import MapShape, ModelLayout
 from otpipe.client.store_rows import CallReader, RowReader, SpanReader
 
 Rows = slice | Sequence[int] | None
@@ -23,6 +23,13 @@ class PadReuseError(RuntimeError):
 
     To send a message again after a lost connection, send the bytes that were already built.
     """
+
+
+def _given_out(what: str, map_index: int, row: int) -> PadReuseError:
+    return PadReuseError(
+        f"the {what} of map {map_index}, row {row} was already given out; a pad masks "
+        "one message: re-send the bytes that were built, or draw another slot"
+    )
 
 
 class Span(NamedTuple):
@@ -114,10 +121,8 @@ class SlotLease:
                 lambda map_index: self.masks(map_index, rows),
                 lambda map_index: self.corrections(map_index, rows),
             )
-        for shape in shapes:
-            self._claim(self._masks_taken, "mask", shape.index, rows)
-            self._claim(self._corrections_taken, "correction", shape.index, rows)
         (span,) = spans
+        self._claim_span(shapes, numbers[0], numbers[0] + span.num_slots)
         return SpanReader(
             span.batch,
             span.first_slot,
@@ -171,6 +176,21 @@ class SlotLease:
                 "as its parent; draw slots in one process only"
             )
 
+    def _claim_span(self, shapes: Sequence[MapShape], start: int, stop: int) -> None:
+        """:meth:`_claim` masks and corrections of consecutive rows in many maps, all or none."""
+        self.require_owner()
+        claimed = b"\x01" * (stop - start)
+        masks = [(self._masks_taken[s.index], "mask", s.index) for s in shapes]
+        corrections = [(self._corrections_taken[s.index], "correction", s.index) for s in shapes]
+        tables = masks + corrections
+        with self._lock:
+            for taken, what, map_index in tables:
+                again = taken.find(1, start, stop)
+                if again >= 0:
+                    raise _given_out(what, map_index, again)
+            for taken, _, _ in tables:
+                taken[start:stop] = claimed
+
     def _claim(
         self, taken_by_map: dict[int, bytearray], what: str, map_index: int, rows: Rows
     ) -> Sequence[Span]:
@@ -189,10 +209,7 @@ class SlotLease:
             else:
                 again = self._claim_each(taken, numbers)
         if again >= 0:
-            raise PadReuseError(
-                f"the {what} of map {map_index}, row {again} was already given out; a pad masks "
-                "one message: re-send the bytes that were built, or draw another slot"
-            )
+            raise _given_out(what, map_index, again)
         return self._spans(numbers)
 
     @staticmethod

@@ -10,7 +10,7 @@ Shapes: T rows, n in_features, m out_features.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -25,7 +25,7 @@ _AES_BLOCK = 16
 
 
 @kernel
-def _read(
+def read_map(
     functions: Array,
     fd: int,
     offset: int,
@@ -54,6 +54,31 @@ def _read(
         if total != expected_T[t]:
             return False
     return True
+
+
+class SpanTables(NamedTuple):
+    """What :func:`read_map` takes, of all maps of a span of T slots; M maps.
+
+    Attributes:
+        fd: descriptor of the file of corrections.
+        first_slot: of the span.
+        offsets, prefixes, round_keys, weights: as of ``RegionTables``.
+        expected: uint64 (M, T).
+        corrections, pads: uint8, memory of one map's; a map's pads are there when those of the map
+            before it have been read.
+        end_map: one after the last map that may be read.
+    """
+
+    fd: int
+    first_slot: int
+    offsets: Array
+    prefixes: Array
+    round_keys: Array
+    weights: Array
+    expected: Array
+    corrections: Array
+    pads: Array
+    end_map: int
 
 
 class RowReader(Protocol):
@@ -98,6 +123,7 @@ class SpanReader:
         self._regions = batch.regions[:num_maps]
         self._next = 0
         self._begun = False
+        self._expected: np.ndarray | None = None
         shapes = [region.shape for region in self._regions]
         self._pads = np.empty(count * max(s.pad_stride for s in shapes), np.uint8)
         self._corrections = np.empty(count * max(s.correction_bytes for s in shapes), np.uint8)
@@ -115,6 +141,37 @@ class SpanReader:
         region = self._regions[0]
         return self._batch.pads(region.shape.index, self._first_slot, self._count)
 
+    def tables(self) -> SpanTables | None:
+        """For code that reads maps by itself, from the next one on, and then says :meth:`skip_to`.
+
+        None where the batch has no tables. Raises as :meth:`advance`.
+        """
+        self._check()
+        self._batch.require_sole_use()
+        assert self._begun, "the first pads are given out by themselves"
+        tables, first = self._batch.tables(), self._first_slot
+        if tables is None:
+            return None
+        if self._expected is None:
+            self._expected = tables.expected[:, first : first + self._count].copy()
+        return SpanTables(
+            self._batch.corrections_fd,
+            first,
+            tables.offsets,
+            tables.prefixes,
+            tables.round_keys,
+            tables.weights,
+            self._expected,
+            self._corrections,
+            self._pads,
+            len(self._regions),
+        )
+
+    def skip_to(self, map_index: int) -> None:
+        """The maps before this one have been read."""
+        assert self._next <= map_index <= len(self._regions), "maps are read in rising order"
+        self._next = map_index
+
     def advance(self, map_index: int) -> tuple[np.ndarray, np.ndarray]:
         """See :class:`RowReader`."""
         self._check()
@@ -130,7 +187,7 @@ class SpanReader:
             source = self._regions[self._next]
             pads = self._pads[: count * source.shape.pad_stride]
         stream = source.pads.stream
-        good = _read(
+        good = read_map(
             system_functions(),
             self._batch.corrections_fd,
             region.offset + slot * shape.correction_bytes,

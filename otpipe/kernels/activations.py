@@ -141,9 +141,10 @@ def _mask_rows(
 
 
 @kernel
-def _rms_norm_rows(
+def rms_norm_range(
     x_Tn: Array, gain_n: Array, epsilon: float, out_Tn: Array, lo: int, hi: int
 ) -> None:
+    """:func:`rms_norm_rows` of some rows, into ``out_Tn``."""
     for t in range(lo, hi):
         x, out = x_Tn[t], out_Tn[t]
         factor = np.float32(1.0 / np.sqrt(_energy(x) / x.shape[0] + epsilon))
@@ -158,7 +159,7 @@ def rms_norm_rows(x_Tn: np.ndarray, gain_n: np.ndarray, epsilon: float) -> np.nd
     """
     out_Tn = np.empty_like(x_Tn)
     parallel_for(
-        lambda lo, hi: _rms_norm_rows(x_Tn, gain_n, epsilon, out_Tn, lo, hi),
+        lambda lo, hi: rms_norm_range(x_Tn, gain_n, epsilon, out_Tn, lo, hi),
         x_Tn.shape[0],
         grain=1 + _PARALLEL_ELEMENTS // max(1, x_Tn.shape[1]),
     )

@@ -21,7 +21,20 @@ from numba.extending import intrinsic
 
 from otpipe.kernels.cpu import Array, kernel
 
-RECV, SEND, POLL, TIME, YIELD, PREAD, MEMCPY, LOCK, UNLOCK = range(9)
+(
+    RECV,
+    SEND,
+    POLL,
+    TIME,
+    YIELD,
+    PREAD,
+    MEMCPY,
+    LOCK,
+    UNLOCK,
+    COND_WAIT,
+    COND_BROADCAST,
+    CLOCK,
+) = range(12)
 """Places in the table of :func:`system_functions`."""
 
 #: results of the kernels below
@@ -39,12 +52,14 @@ FIRST_READ_BYTES = 1 << 16
 
 @functools.cache
 def system_functions() -> np.ndarray:
-    """int64 addresses of C functions, in the order of ``RECV`` .. ``UNLOCK``."""
+    """int64 addresses of C functions, in the order of ``RECV`` .. ``CLOCK``."""
     library = ctypes.CDLL(None)
     mutex = ("pthread_mutex_lock", "pthread_mutex_unlock")
+    condition = ("pthread_cond_wait", "pthread_cond_broadcast")
     # of a file of any size, also where file offsets are 32 bits wide unless told otherwise
     pread = "pread64" if hasattr(library, "pread64") else "pread"
-    names = ("recv", "send", "poll", "time", "sched_yield", pread, "memcpy", *mutex)
+    files = ("recv", "send", "poll", "time", "sched_yield", pread, "memcpy")
+    names = (*files, *mutex, *condition, "clock_gettime")
     return np.array([address_of(getattr(library, name)) for name in names], np.int64)
 
 
@@ -68,6 +83,11 @@ def address_of(function: Any) -> int:
 
 def new_mutex() -> np.ndarray:
     """A mutex for kernels, unlocked: all zeros, as PTHREAD_MUTEX_INITIALIZER is on Linux."""
+    return np.zeros(64, np.uint8)
+
+
+def new_condition() -> np.ndarray:
+    """A condition variable for kernels: all zeros, as PTHREAD_COND_INITIALIZER is on Linux."""
     return np.zeros(64, np.uint8)
 
 
@@ -101,6 +121,25 @@ call_1: Any = intrinsic(_typed_1)
 call_2: Any = intrinsic(_typed_2)
 call_3: Any = intrinsic(_typed_3)
 call_4: Any = intrinsic(_typed_4)
+
+
+def _typed_floats(_context: Any, address: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], ir.FloatType().as_pointer())
+
+    return types.CPointer(types.float32)(types.int64), codegen
+
+
+#: pointer to float32 at an address, for ``numba.carray``
+floats_at: Any = intrinsic(_typed_floats)
+
+
+@kernel
+def clock_ns(functions: Array) -> int:
+    """Monotonic time."""
+    parts = np.empty(2, np.int64)  # struct timespec
+    call_2(functions[CLOCK], np.int64(1), np.int64(parts.ctypes.data))
+    return int(parts[0] * 1_000_000_000 + parts[1])
 
 
 @kernel

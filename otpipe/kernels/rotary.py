@@ -10,8 +10,6 @@ key/value head, D head size.
 
 from __future__ import annotations
 
-import numpy as np
-
 from otpipe.kernels.cpu import Array, kernel
 
 
@@ -24,7 +22,7 @@ def _rotate(x: Array, cos: Array, sin: Array, out: Array) -> None:
 
 
 @kernel
-def _rotate_rows(
+def rotate_rows(
     qkv_TF: Array,
     cos_TD: Array,
     sin_TD: Array,
@@ -33,6 +31,14 @@ def _rotate_rows(
     values_KPD: Array,
     start: int,
 ) -> None:
+    """Rotate queries and keys, and put keys and values at positions start, start + 1, ...
+
+    Args:
+        qkv_TF: float32 (T, (K G + 2 K) D): queries, keys, values of every row.
+        cos_TD, sin_TD: float32 (T, D); the first half of the sines negated.
+        q_KTGD: float32 (K, T, G, D), overwritten with the rotated queries.
+        keys_KPD, values_KPD: float32 (K, P, D), P >= start + T; T positions are overwritten.
+    """
     num_rows = qkv_TF.shape[0]
     K, _, G, D = q_KTGD.shape
     for t in range(num_rows):
@@ -45,23 +51,3 @@ def _rotate_rows(
             _rotate(row[at : at + D], cos, sin, keys_KPD[k, start + t])
             at += K * D
             values_KPD[k, start + t, :] = row[at : at + D]
-
-
-def rotate_rows(
-    qkv_TF: np.ndarray,
-    cos_TD: np.ndarray,
-    sin_TD: np.ndarray,
-    q_KTGD: np.ndarray,
-    keys_KPD: np.ndarray,
-    values_KPD: np.ndarray,
-    start: int,
-) -> None:
-    """Rotate queries and keys, and put keys and values at positions start, start + 1, ...
-
-    Args:
-        qkv_TF: float32 (T, (K G + 2 K) D): queries, keys, values of every row.
-        cos_TD, sin_TD: float32 (T, D); the first half of the sines negated.
-        q_KTGD: float32 (K, T, G, D), overwritten with the rotated queries.
-        keys_KPD, values_KPD: float32 (K, P, D), P >= start + T; T positions are overwritten.
-    """
-    _rotate_rows(qkv_TF, cos_TD, sin_TD, q_KTGD, keys_KPD, values_KPD, start)

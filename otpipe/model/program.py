@@ -93,10 +93,16 @@ def forward(
     Raises:
         UsageError: no token, a token outside the vocabulary, or more positions than the model has.
     """
+    check_tokens(executor.spec, token_ids, cache.length)
+    x = decoder_layers(executor, executor.embed(token_ids), cache)
+    logits = logits_of(executor, x, logits_for)
+    cache.advance(len(token_ids))
+    return logits
+
+
+def decoder_layers(executor: Executor[V, C], x: V, cache: C) -> V:
+    """All layers, one after the other, on the (rows, hidden) of the embedding."""
     spec = executor.spec
-    check_tokens(spec, token_ids, cache.length)
-    num_rows = len(token_ids)
-    x = executor.embed(token_ids)
     for layer in range(spec.num_layers):
         h = executor.rms_norm(x, input_norm_name(layer))
         h = executor.linear(spec.map("qkv", layer), h)
@@ -108,14 +114,17 @@ def forward(
         h = executor.swiglu(h)
         h = executor.linear(spec.map("down", layer), h)
         x = executor.add(x, h)
-    logits = None
-    if logits_for != "none":
-        if logits_for == "last":
-            x = executor.last_rows(x, 1)
-        x = executor.rms_norm(x, FINAL_NORM)
-        logits = executor.linear(spec.map("lm_head"), x)
-    cache.advance(num_rows)
-    return logits
+    return x
+
+
+def logits_of(executor: Executor[V, C], x: V, logits_for: LogitsFor) -> V | None:
+    """What :func:`forward` returns, from the (rows, hidden) of the last layer."""
+    if logits_for == "none":
+        return None
+    if logits_for == "last":
+        x = executor.last_rows(x, 1)
+    x = executor.rms_norm(x, FINAL_NORM)
+    return executor.linear(executor.spec.map("lm_head"), x)
 
 
 def check_tokens(spec: ModelSpec, token_ids: Sequence[int], num_before: int) -> None:

@@ -13,6 +13,7 @@ from servers import LocalServer, local_server
 from otpipe import Client
 from otpipe.client import row_exchange, store_rows
 from otpipe.client.store_files import SlotDamaged
+from otpipe.client.store_layout import MapShape
 from otpipe.client.store_lease import PadReuseError
 from otpipe.client.store_rows import SpanReader
 from otpipe.errors import ServerRefused
@@ -143,6 +144,31 @@ def test_a_reader_gives_what_the_lease_would_have_given_and_once(client: Client,
     other.close()
     with pytest.raises(RuntimeError, match="closed"):
         late.first_pads()
+
+
+def test_a_reader_claims_all_maps_or_none(client: Client) -> None:
+    with client.mode.row_executor._store.draw(4) as lease:
+        lease.corrections(3, slice(2, 3))
+        with pytest.raises(PadReuseError, match="correction of map 3, row 2 was already given out"):
+            lease.row_reader(slice(1, 4))
+        lease.masks(0, slice(1, 4))
+        lease.row_reader(slice(0, 1))
+
+
+def test_tables_are_refused_where_pads_have_gaps_or_the_lease_is_closed(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = client.mode.row_executor._store
+    with store.draw(1) as lease:
+        reader = lease.row_reader()
+        assert isinstance(reader, SpanReader), "this test needs AES instructions"
+        reader.first_pads()
+        assert reader.tables() is not None
+        lease.spans[0].batch._tables = None
+        monkeypatch.setattr(MapShape, "pad_gap", property(lambda self: 4))
+        assert reader.tables() is None
+    with pytest.raises(RuntimeError, match="closed"):
+        reader.tables()
 
 
 def test_a_reader_keeps_to_the_order_of_the_maps(client: Client) -> None:

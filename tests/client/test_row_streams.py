@@ -19,12 +19,13 @@ from servers import LocalServer, local_server
 from torch import Tensor
 
 from otpipe import Client
-from otpipe.client import row_streams
+from otpipe.client import chunk_executor, row_streams
 from otpipe.client.chunk_executor import ChunkExecutor
 from otpipe.client.row_streams import plan_rows
-from otpipe.errors import ConnectionLost, ServerRefused
+from otpipe.errors import ConnectionLost, OtpipeError, ServerRefused
 from otpipe.model.clear_ops import KVCache
 from otpipe.model.spec import ModelSpec, post_attention_norm_name
+from otpipe.server.lanes import Lane
 
 CaseDirectory = Callable[[Case], Path]
 STREAMS = 3
@@ -37,6 +38,12 @@ def three_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_streams, "MIN_CHUNK_ROWS", 1)
     monkeypatch.setattr(row_streams, "MIN_CHUNK_BYTES", 1)
     monkeypatch.setattr(row_streams, "plan_rows", lambda spec, rows, _: plan_rows(spec, rows, 3))
+
+
+@pytest.fixture
+def by_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers step by step in Python, where a test can get between two steps."""
+    monkeypatch.setattr(ChunkExecutor, "_run_compiled", lambda self: False)
 
 
 @pytest.fixture
@@ -78,20 +85,26 @@ def row_threads() -> list[str]:
 # -- answers -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("few_positions", [4, 128], ids=["framework", "compiled"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("chunk_rows", [2, 128])
-def test_logits_equal_plaintext(
+def test_logits_equal_plaintext_and_those_of_single_steps(
     case: Case,
     chunk_rows: int,
+    few_positions: int,
     case_directory: CaseDirectory,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The passes of each case, one after the other with one cache; two chunk sizes."""
+    """The passes of each case, one after the other with one cache; two chunk sizes.
+
+    ``few_positions``: whose attention is taken for most rows.
+    """
     monkeypatch.setattr(row_streams, "MAX_CHUNK_ROWS", chunk_rows)
+    monkeypatch.setattr(chunk_executor, "_FEW_POSITIONS", few_positions)
     directory = case_directory(case)
-    with local_server(directory) as server, Client(server.address, tmp_path) as client:
-        client.prepare(len(case.token_ids))
+
+    def passes() -> Tensor:
         cache = client.mode.executor.new_cache()
         ends = [sum(case.chunks[:i]) for i in range(len(case.chunks) + 1)]
         parts = [
@@ -99,8 +112,29 @@ def test_logits_equal_plaintext(
             for first, last in pairwise(ends)
         ]
         assert cache.length == len(case.token_ids)
-    got = torch.cat([part for part in parts if part is not None])
+        return torch.cat([part for part in parts if part is not None])
+
+    with local_server(directory) as server, Client(server.address, tmp_path) as client:
+        client.prepare(2 * len(case.token_ids))
+        got = passes()
+        monkeypatch.setattr(ChunkExecutor, "_run_compiled", lambda self: False)
+        torch.testing.assert_close(passes(), got, rtol=0, atol=0)
     assert relative_error(got, expected_logits(case, directory, True)) < TOLERANCE
+
+
+def test_layers_run_in_compiled_code(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the others compare it with is not taken by mistake."""
+    stops: list[int] = []
+    real = chunk_executor.run_steps
+
+    def watched(*args: object) -> tuple[int, int, int, int]:
+        stop: tuple[int, int, int, int] = real(*args)
+        stops.append(stop[0])
+        return stop
+
+    monkeypatch.setattr(chunk_executor, "run_steps", watched)
+    one_pass(client)
+    assert stops == [len(client.mode._streams._tables.model.steps)] * STREAMS
 
 
 def test_logits_of_the_last_row_and_of_none(client: Client, case_directory: CaseDirectory) -> None:
@@ -117,6 +151,7 @@ def test_logits_of_the_last_row_and_of_none(client: Client, case_directory: Case
 # -- connections and threads ---------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("by_steps")
 def test_every_stream_has_a_connection_and_all_but_one_are_closed(
     server: LocalServer, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +225,7 @@ def raise_it(error: BaseException) -> object:
     raise error
 
 
+@pytest.mark.usefixtures("by_steps")
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), ServerRefused("no")], ids=repr)
 def test_one_failure_ends_the_pass_and_the_next_one_works(
     error: Exception,
@@ -208,6 +244,7 @@ def test_one_failure_ends_the_pass_and_the_next_one_works(
     assert relative_error(one_pass(client, cache), want_of(case_directory(CASES[0]))) < TOLERANCE
 
 
+@pytest.mark.usefixtures("by_steps")
 def test_a_failure_wakes_those_who_wait_for_the_server(
     server: LocalServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,6 +282,7 @@ def test_a_failure_wakes_those_who_wait_for_the_server(
             held.set()
 
 
+@pytest.mark.usefixtures("by_steps")
 def test_an_interrupt_by_the_user_leaves_nothing_running(
     server: LocalServer,
     client: Client,
@@ -281,17 +319,71 @@ def test_a_server_that_stays_away_ends_the_pass(server: LocalServer, tmp_path: P
         assert row_threads() == []
 
 
+@pytest.mark.parametrize("map_index", [0, 3], ids=["embedding", "inside a layer"])
 def test_a_damaged_slot_of_one_chunk_costs_a_repeated_pass(
-    client: Client, tmp_path: Path, case_directory: CaseDirectory
+    map_index: int, client: Client, tmp_path: Path, case_directory: CaseDirectory
 ) -> None:
     (corrections,) = (tmp_path / "pads").glob("*/*/corrections.bin")
-    with corrections.open("r+b") as file:  # the embedding's correction of the sixth slot
-        file.seek(5 * client.bundle.spec.hidden_size)
-        file.write(b"\xa5" * client.bundle.spec.hidden_size)
+    maps = client.bundle.spec.maps
+    before = sum(m.out_features * m.ring_bytes for m in maps[:map_index]) * 256
+    row_bytes = maps[map_index].out_features * maps[map_index].ring_bytes
+    with corrections.open("r+b") as file:  # the correction of the sixth slot
+        file.seek(before + 5 * row_bytes)
+        file.write(b"\xa5" * row_bytes)
     logits = client.mode.forward(list(TOKENS), client.mode.executor.new_cache(), "all")
     assert logits is not None
     assert relative_error(logits, want_of(case_directory(CASES[0]))) < TOLERANCE
     assert client.mode.slots_used == 2 * len(TOKENS)
+
+
+def test_what_is_not_a_number_ends_the_pass_unsent(client: Client) -> None:
+    client.mode._streams._tables.model.gains[1] = float("nan")
+    before = client._link.current_traffic().bytes_sent
+    with pytest.raises(OtpipeError, match="infinite or not a number"):
+        one_pass(client)
+    spec = client.bundle.spec
+    until_then = [spec.map("embed"), spec.map("qkv", 0), spec.map("o", 0)]
+    rows_up = sum(m.in_features * m.ring_bytes for m in until_then) * len(TOKENS)
+    assert client._link.current_traffic().bytes_sent - before <= rows_up + 10_000
+
+
+def test_a_refusal_inside_a_layer_is_told(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Lane.linear
+
+    def refuse(self: Lane, map_index: int, rows: int, payload: Tensor) -> Tensor:
+        if map_index == 3:
+            raise ServerRefused("no more for you")
+        return real(self, map_index, rows, payload)
+
+    monkeypatch.setattr(Lane, "linear", refuse)
+    with pytest.raises(ServerRefused, match="no more for you"):
+        one_pass(client)
+    assert row_threads() == []
+
+
+def test_an_interrupt_wakes_compiled_code(server: LocalServer, tmp_path: Path) -> None:
+    """The first chunk waits for the server, which is not asked, and the others for its keys."""
+    held = threading.Event()
+    with recording_proxy(server.address) as proxy, Client(proxy.address, tmp_path) as client:
+        client.prepare(64)
+        embedding = client.bundle.spec.map("embed").in_features * (len(TOKENS) // STREAMS)
+
+        def hold(connection: int, bytes_sent: int) -> bool:
+            if connection == 0 and bytes_sent > embedding + 1000 and not held.is_set():
+                time.sleep(0.3)
+                _thread.interrupt_main()
+                held.wait(30)
+            return False
+
+        proxy.cut = hold
+        started_s = time.monotonic()
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                one_pass(client)
+            assert time.monotonic() - started_s < 10
+            assert row_threads() == []
+        finally:
+            held.set()
 
 
 # -- how a pass is cut ---------------------------------------------------------------------------
