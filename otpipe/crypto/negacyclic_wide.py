@@ -140,7 +140,7 @@ def fold_all(words: Array, limb_bits: int, real: Array, imag: Array, out: Array)
 def fold_packed(
     packed: Array, num_bytes: int, limb_bits: int, real: Array, imag: Array, out: Array
 ) -> None:
-    """``fold`` of packed integers of up to 7 bytes, uint64 words (J, N * num_bytes / 8)."""
+    """``fold`` of packed integers of up to 8 bytes, uint64 words (J, N * num_bytes / 8)."""
     degree = 2 * real.shape[0]
     values = np.empty(degree, np.int64)
     words = np.empty((degree, 2), np.uint64)

@@ -186,16 +186,23 @@ def _finish_first(
     num_bytes: int,
     words: Array,
 ) -> None:
-    """Pack round((sums + u a_0 + e_1) / 2^dropped). product: (L, M, 2). sums: uint64 (2, N)."""
+    """Pack round((sums + u a_0 + e_1) / 2^dropped), 64 <= dropped < 128.
+
+    product: (L, M, 2). sums: uint64 (2, N).
+    """
     degree = error.shape[0]
     low, high = np.empty(degree, np.uint64), np.empty(degree, np.uint64)
     negacyclic_wide.unfold(product, limb_bits, real, imag, low, high)
     wide.add_shifted(error.astype(np.int64), 1, 0, low, high)
-    half, down = np.uint64(1) << np.uint64(dropped - 65), np.uint64(dropped - 64)
+    # Half of what is dropped is a bit of the high limb, or the low one's top bit.
+    half_low, half_high, down = np.uint64(1) << np.uint64(63), np.uint64(0), np.uint64(dropped - 64)
+    if dropped > 64:
+        half_low, half_high = np.uint64(0), np.uint64(1) << np.uint64(dropped - 65)
     for k in range(degree):
         total = low[k] + sums[0, k]
-        high[k] += sums[1, k] + np.uint64(total < low[k])
-        high[k] = (high[k] + half) >> down
+        rounded = total + half_low
+        high[k] += sums[1, k] + np.uint64(total < low[k]) + np.uint64(rounded < total)
+        high[k] = (high[k] + half_high) >> down
     pack_words(high, num_bytes, words)
 
 

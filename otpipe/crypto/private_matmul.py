@@ -23,11 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from otpipe.crypto.params import StandardRing
 from otpipe.crypto.private_evaluate import PrivateEvaluator
-from otpipe.crypto.private_matmul_backend import wide_backend
 from otpipe.crypto.private_params import (
-    FLOOD_WORD_BITS,
     MIN_SLOTS,
     PrivatePacking,
     PrivateParams,
@@ -48,7 +45,7 @@ _MAX_LOG2_LEVEL_TIMES_INPUTS = 24
 
 @dataclass(frozen=True, kw_only=True)
 class MatmulParams(PrivateParams):
-    """A private set whose first part may take 64 bits, and the digits that go with it.
+    """A private set, and the digits of the matrices that go with it.
 
     Attributes:
         digit_bits: bits of a signed digit of the server's matrix.
@@ -60,22 +57,11 @@ class MatmulParams(PrivateParams):
     digit_bits: int
 
     def __post_init__(self) -> None:
-        if self.first_bits != 64:
-            super().__post_init__()
-            return
-        # 64 bits are beyond what the base class packs; its other conditions are checked here.
-        StandardRing.__post_init__(self)
-        fits = self.log2_q == 128 and 0 < self.log2_p < self.second_bits <= 56
-        if not fits or self.second_bits % 8 or not 0 < self.flood_shift < 64:
+        super().__post_init__()
+        if not 1 <= self.digit_bits <= self.log2_p:
             raise ParameterError(
-                f"Private set {self.name!r} has q, p and answers of {self.log2_q}, {self.log2_p}, "
-                f"64 and {self.second_bits} bits, flooded from bit {self.flood_shift}; use 128 "
-                f"bits, increasing ones, answers in whole bytes, and flooding from 1 to 63."
-            )
-        if self.allowed_rounding <= 0:
-            raise ParameterError(
-                f"Private set {self.name!r} floods {FLOOD_WORD_BITS + self.flood_shift} bits, "
-                f"which leaves no room below a {self.log2_p}-bit message; flood less."
+                f"Private set {self.name!r} has digits of {self.digit_bits} bits; use 1 to "
+                f"{self.log2_p}, those of a message."
             )
 
     @property
@@ -202,16 +188,14 @@ def upload(
     params, packing = plan.params, piece.packing
     yield encrypt_key(secret, a_key, index)
     columns_Tn = y_nT[:, piece.first : piece.first + piece.count].t()
-    r_Tp = np.zeros((packing.num_slots, plan.inputs), np.uint64)
-    mask = (1 << params.log2_p) - 1
-    for digit in range(params.num_digits):
-        multiple = (columns_Tn << (digit * params.digit_bits)) & mask
-        at = digit * plan.inner
-        r_Tp[: piece.count, at : at + plan.inner] = multiple.numpy().view(np.uint64)
     step = UPLOAD_BLOCK * packing.inputs
     for lo in range(0, plan.inputs, step):
-        part = np.ascontiguousarray(r_Tp[:, lo : lo + step])
-        yield encrypt_block(secret, packing, a_key, index, 1 + lo // packing.inputs, part)
+        coordinates = torch.arange(lo, min(lo + step, plan.inputs))
+        shifts = coordinates // plan.inner * params.digit_bits
+        multiples = columns_Tn[:, coordinates % plan.inner] << shifts
+        r_Tp = np.zeros((packing.num_slots, len(coordinates)), np.uint64)
+        r_Tp[: piece.count] = (multiples & ((1 << params.log2_p) - 1)).numpy().view(np.uint64)
+        yield encrypt_block(secret, packing, a_key, index, 1 + lo // packing.inputs, r_Tp)
 
 
 def client_share(
@@ -278,8 +262,6 @@ class DigitEvaluator(PrivateEvaluator):
         ones = torch.ones(len(levels[0]), dtype=torch.int64, device=levels[0].device)
         super().__init__(levels[0], ones, packing, map_index, a_key, masks)
         self._levels = [(weight, ones << (_LEVEL_BITS * i)) for i, weight in enumerate(levels)]
-        if packing.params.first_bits == 64:
-            self._backend = wide_backend(packing, levels[0].device)
 
     def _accumulate(self, first_answer: int, stop_answer: int, sums: Tensor) -> None:
         """All levels of the same ciphertexts, each at its power of two."""

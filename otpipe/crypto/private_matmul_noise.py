@@ -46,10 +46,10 @@ def squared_distance(plan: ProductPlan) -> float:
 def log2_distance(plans: Iterable[tuple[ProductPlan, int]]) -> float:
     """log2 of the distance of the client's view of one preparation from the simulated one.
 
-    plans: with how often each is made.
+    plans: with how often each is made; of none the distance is 0.
     """
     total = sum(count * squared_distance(plan) for plan, count in plans)
-    return math.log2(total) / 2
+    return math.log2(total) / 2 if total else -math.inf
 
 
 def check_preparation(plans: Iterable[tuple[ProductPlan, int]]) -> None:

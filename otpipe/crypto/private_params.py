@@ -13,6 +13,8 @@ from otpipe.kernels import wide
 
 #: the only modulus of the implementation: two 64-bit limbs, whose overflow is the reduction
 _LOG2_Q = 128
+#: most bits of the two parts of an answer; the first may be a whole limb
+_MAX_FIRST_BITS, _MAX_SECOND_BITS = 64, 56
 #: bits of the words that the flooding adds up, and how many it adds
 FLOOD_WORD_BITS = 64
 FLOOD_WORDS = 3
@@ -47,12 +49,16 @@ class PrivateParams(StandardRing):
             raise ParameterError(
                 f"Private set {self.name!r} has a {self.log2_q}-bit modulus; use {_LOG2_Q}."
             )
-        if not 0 < self.log2_p < self.second_bits <= self.first_bits <= 56 or (
-            self.first_bits % 8 or self.second_bits % 8
+        increase = 0 < self.log2_p < self.second_bits <= min(self.first_bits, _MAX_SECOND_BITS)
+        if (
+            not increase
+            or self.first_bits > _MAX_FIRST_BITS
+            or (self.first_bits % 8 or self.second_bits % 8)
         ):
             raise ParameterError(
                 f"Private set {self.name!r} has {self.log2_p}-bit messages and answers of "
-                f"{self.first_bits} and {self.second_bits} bits; they must increase up to 56, "
+                f"{self.first_bits} and {self.second_bits} bits; the message must have the fewest "
+                f"and the first part the most, up to {_MAX_FIRST_BITS} and {_MAX_SECOND_BITS}, "
                 f"answers in whole bytes."
             )
         # The leakage bound needs the low bits, which the flooding leaves alone, to be rounded away.
@@ -93,7 +99,7 @@ class PrivateParams(StandardRing):
 
         Half a message, less the largest flooding, half a unit of the second part, and 2 units for
         everything else together: row sums of the errors and the noise of the re-randomisation are
-        below 2^52 for 2^20 inputs, and the last place is 2^72.
+        below 2^52 for 2^20 inputs, and the last place is at least 2^64.
         """
         unit = self.log2_q - self.first_bits
         flood = FLOOD_WORDS / 2 * 2.0 ** (FLOOD_WORD_BITS + self.flood_shift - unit)

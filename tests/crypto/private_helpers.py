@@ -1,7 +1,7 @@
 """Shared by the tests of private mode: an INSECURE small set, Python-integer references, exchanges.
 
-The small set exists in tests only. It has the modulus, messages, answers and flooding of the real
-one, so that all code runs as it is, in a ring too small to hide anything.
+The small sets exist in tests only. They have the modulus, messages, answers and flooding of the
+real ones, so that all code runs as it is, in a ring too small to hide anything.
 """
 
 from __future__ import annotations
@@ -51,6 +51,16 @@ INSECURE = InsecureTestParams(
     first_bits=56,
     second_bits=48,
     flood_shift=18,
+)
+#: as products of two parties' matrices have it: the first part is a whole limb
+INSECURE_LIMB = InsecureTestParams(
+    name="INSECURE",
+    ring_degree=64,
+    log2_q=128,
+    log2_p=51,
+    first_bits=64,
+    second_bits=56,
+    flood_shift=11,
 )
 
 
@@ -178,12 +188,16 @@ def fresh_masks(m: int, params: PrivateParams = INSECURE) -> MaskStream:
 
 
 def results(
-    weight: Tensor, multipliers: Tensor, r_Tn: NDArray[np.uint64], masks_Tm: NDArray[np.int64]
+    weight: Tensor,
+    multipliers: Tensor,
+    r_Tn: NDArray[np.uint64],
+    masks_Tm: NDArray[np.int64],
+    bits: int = 44,
 ) -> NDArray[np.uint64]:
-    """c (W r) - s mod 2^44, (m, T), in exact arithmetic mod 2^64."""
+    """c (W r) - s mod 2^bits, (m, T), in exact arithmetic mod 2^64."""
     wide = weight.cpu().numpy().astype(np.int64).astype(np.uint64)
     scaled = (wide @ r_Tn.T) * multipliers.cpu().numpy().astype(np.uint64)[:, None]
-    return (scaled - masks_Tm.T.astype(np.uint64)) & np.uint64((1 << 44) - 1)
+    return (scaled - masks_Tm.T.astype(np.uint64)) & np.uint64((1 << bits) - 1)
 
 
 def blocks(
@@ -244,7 +258,7 @@ def exchange(
         np.concatenate(upload),
         answers,
         decrypt_block(secret, packing, answers, m),
-        results(weight, multipliers, r_Tn, masks.rows(0, packing.num_slots)),
+        results(weight, multipliers, r_Tn, masks.rows(0, packing.num_slots), params.log2_p),
     )
 
 

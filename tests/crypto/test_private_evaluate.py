@@ -10,6 +10,7 @@ import pytest
 import torch
 from private_helpers import (
     INSECURE,
+    INSECURE_LIMB,
     MAP_INDEX,
     MODULUS,
     PRIVATE44,
@@ -29,11 +30,16 @@ from private_helpers import (
 )
 
 from otpipe.crypto import private_cpu, private_evaluate, private_secrets, private_torch
+from otpipe.crypto.private_cpu import CompiledBackend
 from otpipe.crypto.private_evaluate import PrivateEvaluator
-from otpipe.crypto.private_params import PrivatePacking, choose_packing
+from otpipe.crypto.private_matmul import MATMUL_PARAMS
+from otpipe.crypto.private_params import PrivatePacking, PrivateParams, choose_packing
 from otpipe.crypto.private_secrets import AnswerSecrets, MaskReused, draw_secrets
+from otpipe.crypto.private_torch import TorchBackend
 from otpipe.crypto.rlwe import BatchSecret
 from otpipe.errors import ProtocolError
+
+PRODUCT51 = MATMUL_PARAMS[1]
 
 
 @pytest.fixture
@@ -60,13 +66,18 @@ CASES = [
 
 
 @pytest.mark.parametrize("backend", ["compiled", "torch"])
-@pytest.mark.parametrize("layout", ["rows", "transposed"])
+@pytest.mark.parametrize(
+    ("params", "layout"),
+    [(INSECURE, "rows"), (INSECURE, "transposed"), (INSECURE_LIMB, "rows")],
+    ids=["rows", "transposed", "whole limb"],
+)
 @pytest.mark.parametrize(("m", "n", "num_slots", "inputs"), CASES)
 def test_answers_are_their_definition(
     m: int,
     n: int,
     num_slots: int,
     inputs: int,
+    params: PrivateParams,
     layout: str,
     backend: str,
     record: list[AnswerSecrets],
@@ -79,11 +90,11 @@ def test_answers_are_their_definition(
         monkeypatch.setattr(module, "_ROWS", 3)
         monkeypatch.setattr(module, "_ANSWERS", 2)
     monkeypatch.setattr(private_cpu, "_CHUNK", 16)
-    packing = PrivatePacking(INSECURE, num_slots, inputs)
+    packing = PrivatePacking(params, num_slots, inputs)
     weight, multipliers = random_map(m, n)
     if layout == "transposed":
         weight = weight.t().contiguous().t()
-    masks = fresh_masks(m)
+    masks = fresh_masks(m, params)
     done = exchange(packing, weight, multipliers, 3, 2 * packing.answer_bytes, masks)
 
     a = public_polynomials(packing, done.a_key, n)
@@ -97,7 +108,7 @@ def test_answers_are_their_definition(
     for answer in range(len(first)):
         u = ternary[answer].tolist()
         whole = plus(linear_a[answer], times(a[0], u), error[answer].tolist())
-        assert first[answer] == [rounded(value, 72) for value in whole]
+        assert first[answer] == [rounded(value, 128 - params.first_bits) for value in whole]
         whole = plus(linear_b[answer], times(b[0], u))
         want = []
         for place in range(packing.outputs):
@@ -105,10 +116,10 @@ def test_answers_are_their_definition(
             for slot in range(num_slots):
                 value = whole[place * packing.stride + slot]
                 words = flood[answer, :, place * num_slots + slot]
-                value += sum(int(word) for word in words) << 18
+                value += sum(int(word) for word in words) << params.flood_shift
                 if output < m:
-                    value -= int(masks_Tm[slot, output]) << 84
-                want.append(rounded(value, 80))
+                    value -= int(masks_Tm[slot, output]) << params.delta_shift
+                want.append(rounded(value, 128 - params.second_bits))
         assert second[answer] == want
 
 
@@ -117,23 +128,39 @@ def rounded(value: int, dropped: int) -> int:
     return ((value % MODULUS) + (1 << (dropped - 1)) >> dropped) % (MODULUS >> dropped)
 
 
+@pytest.mark.parametrize("backend", ["compiled", "torch"])
+@pytest.mark.parametrize("params", [INSECURE, INSECURE_LIMB], ids=["rows", "whole limb"])
+def test_the_first_part_has_its_error(params: PrivateParams, backend: str) -> None:
+    """Sums a little below half a unit: positive errors round up. Elsewhere rounding drops them."""
+    packing, device = PrivatePacking(params, 64, 1), torch.device("cpu")
+    hide = CompiledBackend(packing) if backend == "compiled" else TorchBackend(packing, device)
+    hide.set_key(torch.zeros((1, 16, 64), dtype=torch.int8), torch.zeros((1, 64, 16)).byte())
+    sums = hide.new_sums(4)
+    sums[:, 0, 0] = (1 << 63) - 1 if params.first_bits == 64 else -1
+    sums[:, 0, 1] = ((1 << (127 - params.first_bits)) - 1) >> 64
+    first, _ = decoded(packing, hide.finish(sums, 0, fresh_masks(4, params)).numpy())
+    ups = [value for row in first for value in row]
+    assert set(ups) == {0, 1} and 64 < sum(ups) < 192
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("params", [PRIVATE44, PRODUCT51], ids=lambda params: params.name)
 @pytest.mark.parametrize(("m", "n", "num_slots"), [(70, 40, 8192), (40, 96, 512), (33, 300, 64)])
 def test_cuda_answers_equal_cpu_answers(
-    m: int, n: int, num_slots: int, monkeypatch: pytest.MonkeyPatch
+    m: int, n: int, num_slots: int, params: PrivateParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(private_evaluate, "STAGE_INPUTS", {"cpu": 64, "cuda": 64})
     monkeypatch.setattr(private_cpu, "parallel_for", lambda body, total, grain: body(0, total))
-    packing = choose_packing(PRIVATE44, n, m, num_slots)
+    packing = choose_packing(params, n, m, num_slots)
     answers = packing.num_answers(m)
     fixed = drawn(answers, packing)
     weight, multipliers = random_map(m, n)
-    secret, a_key, mask_key = BatchSecret.generate(PRIVATE44), os.urandom(32), os.urandom(32)
+    secret, a_key, mask_key = BatchSecret.generate(params), os.urandom(32), os.urandom(32)
     sent = list(blocks(secret, packing, a_key, random_pads(num_slots, n), 50))
     got = []
     for device in ("cpu", "cuda"):
         monkeypatch.setattr(private_secrets, "draw_secrets", handed_out(fixed))
-        masks = private_secrets.MaskStream(mask_key, MAP_INDEX, m, 44)
+        masks = private_secrets.MaskStream(mask_key, MAP_INDEX, m, params.log2_p)
         evaluator = PrivateEvaluator(
             weight.to(device), multipliers.to(device), packing, MAP_INDEX, a_key, masks
         )

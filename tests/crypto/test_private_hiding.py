@@ -10,12 +10,12 @@ make. Each statistic is also applied to answers with a planted fault, which it h
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 from crypto_helpers import looks_uniform
+from hiding_helpers import NORMAL_LIMIT, Unrounded, first_part_fits, matched_filter, plant
 from numpy.typing import NDArray
 from private_helpers import (
     INSECURE,
@@ -26,27 +26,23 @@ from private_helpers import (
     decoded,
     drawn,
     exchange,
-    integers,
-    linear_answers,
-    public_polynomials,
     random_pads,
     results,
     times_secret,
-    use_backend,
 )
 from torch import Tensor
 
-from otpipe.crypto import private_rlwe, private_secrets
 from otpipe.crypto.private_params import PrivatePacking
-from otpipe.crypto.private_secrets import AnswerSecrets, MaskStream, draw_secrets, fresh_mask_key
+from otpipe.crypto.private_secrets import MaskStream, fresh_mask_key
 from otpipe.crypto.private_torch import TorchBackend
 from otpipe.crypto.randomness import random_bytes
 from otpipe.crypto.rlwe import BatchSecret
 from otpipe.kernels import wide
 
-#: 6 standard deviations of a normal statistic; of a Kolmogorov-Smirnov one, about 1 in 10^6
-NORMAL_LIMIT, KS_LIMIT = 6.0, 2.7
-Fault = Callable[[AnswerSecrets], AnswerSecrets]
+#: of a Kolmogorov-Smirnov statistic: chance exceeds it about once in 10^6
+KS_LIMIT = 2.7
+#: from the value of all weights to noise and guess
+NoiseOf = Callable[[int], tuple[NDArray[np.float64], NDArray[np.float64]]]
 
 
 class ChosenMasks(MaskStream):
@@ -84,17 +80,6 @@ def random_results(m: int, num_slots: int) -> NDArray[np.uint64]:
     return random_bytes(8 * m * num_slots).view(np.uint64).reshape(m, -1) >> np.uint64(20)
 
 
-def plant(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
-    """Draw secrets as usual, then spoil them."""
-
-    def broken(packing: PrivatePacking, out: AnswerSecrets) -> None:
-        draw_secrets(packing, out)
-        for field, spoiled in zip(out, fault(out), strict=True):
-            field[:] = spoiled
-
-    monkeypatch.setattr(private_secrets, "draw_secrets", broken)
-
-
 def kolmogorov_smirnov(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
     """Two-sample statistic, scaled: exceeds 2.7 with probability about 1e-6 for equal laws."""
     values = np.sort(np.concatenate([x, y]))
@@ -102,57 +87,23 @@ def kolmogorov_smirnov(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
     return float(np.abs(ranks[0] - ranks[1]).max() * np.sqrt(x.size * y.size / (x.size + y.size)))
 
 
-def matched_filter(noise: NDArray[np.float64], guess: NDArray[np.float64]) -> float:
-    """Correlation of noise with what a guessed map would add, in standard deviations of chance."""
-    noise, guess = noise - noise.mean(), guess - guess.mean()
-    return float((noise * guess).sum() / np.sqrt((noise**2).mean() * (guess**2).sum()))
-
-
 # --- before rounding, in the small ring: the exact noise -----------------------------------------
 
 
-@dataclass
-class Unrounded:
-    """What one exchange left before rounding, (m * T,) each."""
-
-    noise: NDArray[np.float64]  # B - A t - Delta * result
-    guess: NDArray[np.float64]  # c W e for all weights and multipliers 127
-
-
 @pytest.fixture
-def unrounded(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Unrounded]:
-    """Function from the value of all weights to the noise of an exchange with 256 outputs."""
-    use_backend(monkeypatch, "torch")
-    packing, m, n = PrivatePacking(INSECURE, 64, 1), 256, 20
-    seen: list[tuple[Tensor, Tensor]] = []
-    errors: list[NDArray[np.int8]] = []
-    rounded, sampled = TorchBackend.rounded, private_rlwe.centered_binomial
+def unrounded(monkeypatch: pytest.MonkeyPatch) -> NoiseOf:
+    """Function from the value of all weights to the noise of an exchange with 256 outputs.
 
-    def recorded(self: TorchBackend, first: Tensor, second: Tensor) -> Tensor:
-        seen.append((first, second))
-        return rounded(self, first, second)
+    Returns the noise, and c W e for all weights and multipliers 127: (m * T,) each.
+    """
+    record, packing, m, n = Unrounded(monkeypatch), PrivatePacking(INSECURE, 64, 1), 256, 20
 
-    def known_errors(count: int, eta: int) -> NDArray[np.int8]:
-        errors.append(sampled(count, eta))
-        return errors[-1]
-
-    monkeypatch.setattr(TorchBackend, "rounded", recorded)
-    monkeypatch.setattr(private_rlwe, "centered_binomial", known_errors)
-
-    def make(value: int) -> Unrounded:
-        seen.clear()
-        errors.clear()
+    def make(value: int) -> tuple[NDArray, NDArray]:
+        record.forget()
         want = random_results(m, 64)
         done = run(packing, all_weights(value, m, n), want)
-        first, second = (torch.cat(parts, 1) for parts in zip(*seen, strict=True))
-        delta = torch.from_numpy(want.astype(np.int64)) << 20
-        known = wide.add_(
-            times_secret(first, done.secret), torch.stack([torch.zeros_like(delta), delta])
-        )
-        left = wide.add_(second.view(2, m, 64).clone(), wide.negated(known))
-        noise = np.array([[float(centred(x)) for x in row] for row in integers(left)])
-        error = np.concatenate(errors).reshape(n + 1, 64)[1:].sum(0, dtype=np.int64)
-        return Unrounded(noise.reshape(-1), np.tile(127.0 * 127 * error, m))
+        noise = record.noise(done.secret, packing, torch.from_numpy(want.astype(np.int64)))
+        return noise.reshape(-1), np.tile(127.0 * 127 * record.errors(64).sum(0), m)
 
     return make
 
@@ -164,39 +115,35 @@ def ideal_noise(count: int) -> NDArray[np.float64]:
 
 
 class TestNoise:
-    def test_it_is_the_flooding_whatever_the_weights(
-        self, unrounded: Callable[[int], Unrounded]
-    ) -> None:
+    def test_it_is_the_flooding_whatever_the_weights(self, unrounded: NoiseOf) -> None:
         left = {value: unrounded(value) for value in (0, 127)}
-        for one in left.values():
-            assert kolmogorov_smirnov(one.noise, ideal_noise(1 << 16)) < KS_LIMIT
-            assert abs(matched_filter(one.noise, one.guess)) < NORMAL_LIMIT
-        assert kolmogorov_smirnov(left[0].noise, left[127].noise) < KS_LIMIT
+        for noise, guess in left.values():
+            assert kolmogorov_smirnov(noise, ideal_noise(1 << 16)) < KS_LIMIT
+            assert abs(matched_filter(noise, guess)) < NORMAL_LIMIT
+        assert kolmogorov_smirnov(left[0][0], left[127][0]) < KS_LIMIT
 
-    def test_no_flooding_is_seen(
-        self, unrounded: Callable[[int], Unrounded], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_no_flooding_is_seen(self, unrounded: NoiseOf, monkeypatch: pytest.MonkeyPatch) -> None:
         plant(monkeypatch, lambda secrets: secrets._replace(flood=0 * secrets.flood))
         left = {value: unrounded(value) for value in (0, 127)}
-        assert kolmogorov_smirnov(left[0].noise, left[127].noise) > KS_LIMIT
-        assert matched_filter(left[127].noise, left[127].guess) > NORMAL_LIMIT
-        assert abs(matched_filter(left[0].noise, left[0].guess)) < NORMAL_LIMIT
+        assert kolmogorov_smirnov(left[0][0], left[127][0]) > KS_LIMIT
+        assert matched_filter(*left[127]) > NORMAL_LIMIT
+        assert abs(matched_filter(*left[0])) < NORMAL_LIMIT
 
     def test_too_little_flooding_is_seen(
-        self, unrounded: Callable[[int], Unrounded], monkeypatch: pytest.MonkeyPatch
+        self, unrounded: NoiseOf, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A flooding of 2^22, eight times the noise: no histogram shows it, the filter does."""
         plant(monkeypatch, lambda secrets: secrets._replace(flood=secrets.flood >> 60))
-        assert matched_filter(*vars(unrounded(127)).values()) > NORMAL_LIMIT
+        assert matched_filter(*unrounded(127)) > NORMAL_LIMIT
 
     def test_flooding_that_repeats_is_seen(
-        self, unrounded: Callable[[int], Unrounded], monkeypatch: pytest.MonkeyPatch
+        self, unrounded: NoiseOf, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The differences of two outputs would be free of it."""
-        honest = unrounded(127).noise.reshape(256, 64)
+        honest = unrounded(127)[0].reshape(256, 64)
         fixed = drawn(1, PrivatePacking(INSECURE, 64, 1)).flood
         plant(monkeypatch, lambda s: s._replace(flood=np.repeat(fixed, len(s.flood), 0)))
-        broken = unrounded(127).noise.reshape(256, 64)
+        broken = unrounded(127)[0].reshape(256, 64)
         assert np.abs(np.diff(honest, axis=0)).min() > 2.0**40
         assert np.abs(np.diff(broken, axis=0)).max() < 2.0**40
 
@@ -264,27 +211,13 @@ def test_views_equal_the_simulators(num_slots: int, inputs: int) -> None:
 # --- the first part ------------------------------------------------------------------------------
 
 
-def first_part_fits(done: Exchange, maps: tuple[Tensor, Tensor]) -> bool:
-    """Whether A is what these weights make of the public polynomials, up to small errors."""
-    a = public_polynomials(done.packing, done.a_key, maps[0].shape[1])
-    linear = linear_answers(done.packing, *maps, a[1:])
-    first, _ = decoded(done.packing, done.answers)
-    off = (
-        centred(got - (want >> 72), 1 << 56)
-        for row, known in zip(first, linear, strict=True)
-        for got, want in zip(row, known, strict=True)
-    )
-    return all(abs(value) <= 1 for value in off)
-
-
 def matching_weights(done: Exchange) -> list[int]:
     """All int8 weights that explain the first answer of a map with one input, by trial."""
-    one = torch.ones(1, dtype=torch.int64)
-    first = Exchange(**{**vars(done), "answers": done.answers[:1]})
+    one, first = torch.ones(1, dtype=torch.int64), done.answers[:1]
     return [
         value
         for value in range(-127, 128)
-        if first_part_fits(first, (torch.tensor([[value]], dtype=torch.int8), one))
+        if first_part_fits(done.packing, done.a_key, first, torch.tensor([[value]]), one)
     ]
 
 
