@@ -150,7 +150,7 @@ class _PrepareBar:
         )
 
         bar = Progress(
-            TextColumn("preparing slots"),
+            TextColumn("preparing"),
             BarColumn(),
             DownloadColumn(),
             TransferSpeedColumn(),

@@ -46,7 +46,8 @@ class Client:
         fingerprint: accept a server only if it holds these weights, tokenizer and chat template
             (SHA-256, hex, or its first 32 digits or more). Without it the server chooses them.
         retry_for_s: how long a lost server is sought.
-        on_prepare: progress of preparation, (done, total) bytes on the wire.
+        on_prepare: progress of preparations, (done, total) bytes on the wire: of slots, and of what
+            a text with private weights takes besides.
 
     Raises:
         ConnectionLost, ProtocolError, FingerprintMismatch, StoreError, UsageError: as they say.
@@ -146,6 +147,19 @@ class Client:
             raise UsageError(f"{num_slots} slots were asked for; ask for at least 1")
         return self.mode.prepare(num_slots, self._on_prepare)
 
+    def warm_up(self, num_positions: int) -> None:
+        """Make ready for a text of so many tokens, prompt and answer, before it is known.
+
+        With private weights this opens the session and prepares attention products, which the next
+        text uses; without it they are prepared when the text begins. With public weights there is
+        nothing to do.
+
+        Raises:
+            UsageError: no tokens, or more than the model has positions.
+            ConnectionLost: the server stayed away.
+        """
+        self.mode.expect(self.mode.new_cache(), num_positions, self._on_prepare)
+
     def forward(self, token_ids: Sequence[int]) -> Tensor:
         """Logits of every position of one sequence.
 
@@ -158,6 +172,8 @@ class Client:
         tokens = [int(token) for token in token_ids]
         self._ensure_slots(len(tokens))
         cache, step = self.mode.new_cache(), self.mode.prefill_rows
+        if tokens:
+            self.mode.expect(cache, len(tokens), self._on_prepare)
         parts = [
             self.mode.forward(tokens[first : first + step], cache, "all")
             for first in range(0, max(1, len(tokens)), step)
@@ -306,6 +322,7 @@ class Client:
         generation.stats.prepare_s = self._ensure_slots(len(pending) + limit - 1)
         meter = OnlineMeter(self.mode, generation)
         try:
+            self.mode.expect(text.cache, len(prompt_ids) + limit - 1, self._on_prepare)
             while generation.finish_reason is None:
                 token = sampler.choose(self._next_logits(pending, text))
                 pending = [token]

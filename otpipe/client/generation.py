@@ -6,21 +6,22 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from otpipe.client.mode import Mode
+from otpipe.client.mode import AHEAD, Mode
 
 FinishReason = Literal["stop", "length", "connection_lost"]
 
 
 @dataclass
 class GenerationStats:
-    """Figures of one generation, online phase only (``prepare_s`` apart).
+    """Figures of one generation, online phase only: what was prepared ahead of a token is apart.
 
     Attributes:
         tokens_per_s: generated tokens after the first, over the time they took.
         bytes_sent, bytes_received: on the wire, from the first masked row to the last.
         round_trips: requests answered.
         slots_used: slots spent, one a token position.
-        prepare_s: time spent preparing slots inside this call.
+        prepare_s: time spent on preparations inside this call: slots, and with private weights what
+            ``operations`` names as done ahead, with its bytes and rounds.
         prefill_s: time from the first masked row to the first token.
     """
 
@@ -80,7 +81,7 @@ class OnlineMeter:
         self._tokens = 0
 
     def token_done(self) -> None:
-        now_s = time.monotonic()
+        now_s = time.monotonic() - self._ahead("seconds")
         self._tokens += 1
         if self._first_token_s is None:
             self._first_token_s = now_s
@@ -90,12 +91,26 @@ class OnlineMeter:
 
     def stop(self) -> None:
         traffic = self._mode.current_traffic()
-        self._stats.bytes_sent = traffic.bytes_sent - self._traffic.bytes_sent
-        self._stats.bytes_received = traffic.bytes_received - self._traffic.bytes_received
-        self._stats.round_trips = self._mode.round_trips - self._round_trips
-        self._stats.slots_used = self._mode.slots_used - self._slots_used
         for name, totals in self._mode.operations().items():
-            before = self._operations.get(name, {})
-            self._generation.operations[name] = {
-                key: value - before.get(key, 0) for key, value in totals.items()
-            }
+            self._generation.operations[name] = self._since(name, totals)
+        sent = traffic.bytes_sent - self._traffic.bytes_sent
+        received = traffic.bytes_received - self._traffic.bytes_received
+        rounds = self._mode.round_trips - self._round_trips
+        self._stats.bytes_sent = sent - int(self._ahead("bytes_sent"))
+        self._stats.bytes_received = received - int(self._ahead("bytes_received"))
+        self._stats.round_trips = rounds - int(self._ahead("rounds"))
+        self._stats.slots_used = self._mode.slots_used - self._slots_used
+        self._stats.prepare_s += self._ahead("seconds")
+
+    def _since(self, name: str, totals: dict[str, float]) -> dict[str, float]:
+        before = self._operations.get(name, {})
+        return {key: value - before.get(key, 0) for key, value in totals.items()}
+
+    def _ahead(self, key: str) -> float:
+        """Of what was done ahead since this began."""
+        operations = self._mode.operations()
+        return sum(
+            self._since(name, totals)[key]
+            for name, totals in operations.items()
+            if name.endswith(AHEAD)
+        )

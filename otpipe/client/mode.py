@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from otpipe.model.private_bundle import PrivateBundle
 
 
+AHEAD = ", ahead"
+"""Ends the name of an operation that is done before the tokens it is for, and counted apart."""
+
+
 class Mode(Protocol):
     """One model at one server, and this client's slots for it.
 
@@ -46,6 +50,12 @@ class Mode(Protocol):
     def new_cache(self) -> Any:
         """An empty cache: the beginning of a text."""
 
+    def expect(self, cache: Any, num_positions: int, progress: Progress | None) -> None:
+        """Be told how long a text is to become, and prepare what its next pass takes.
+
+        Optional. Needs no tokens: the text may be empty.
+        """
+
     def forward(self, token_ids: Sequence[int], cache: Any, wanted: LogitsFor) -> Tensor | None:
         """One pass over the next tokens of a text: float32 (rows, vocab), or None for "none"."""
 
@@ -64,7 +74,10 @@ class Mode(Protocol):
         """Bytes and frames of passes so far."""
 
     def operations(self) -> dict[str, dict[str, float]]:
-        """Seconds, bytes and rounds of passes so far, by operation of the program; may be empty."""
+        """Seconds, bytes and rounds of passes so far, by operation of the program; may be empty.
+
+        What was done ahead of the tokens has a name that ends in :data:`AHEAD`.
+        """
 
     def costs(self) -> dict[str, int]:
         """What a token and a slot cost, as ``otpipe info`` prints it."""

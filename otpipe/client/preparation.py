@@ -84,12 +84,28 @@ class PreparationReport:
     stage_s: dict[str, float]
 
 
-def batch_sizes(num_slots: int) -> list[int]:
-    """Split a wish for slots into batches: powers of two from 64 to 2048, at least as many."""
-    full, rest = divmod(num_slots, MAX_BATCH_SLOTS)
-    sizes = [MAX_BATCH_SLOTS] * full
+class TotalProgress:
+    """Adds up what all exchanges of a preparation have sent and received. Thread-safe."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._total, self._progress = total, progress
+        self._done = 0
+        self._lock = threading.Lock()
+
+    def advance(self, num_bytes: int) -> None:
+        """Count so many bytes, or less than none where a try is taken back, and tell of it."""
+        with self._lock:
+            self._done += num_bytes
+            if self._progress is not None:
+                self._progress(min(self._done, self._total), self._total)
+
+
+def batch_sizes(num_slots: int, smallest: int, largest: int) -> list[int]:
+    """Split a wish for slots into batches: powers of two in these bounds, at least as many."""
+    full, rest = divmod(num_slots, largest)
+    sizes = [largest] * full
     if rest:
-        sizes.append(max(MIN_BATCH_SLOTS, 1 << (rest - 1).bit_length()))
+        sizes.append(max(smallest, 1 << (rest - 1).bit_length()))
     return sizes
 
 
@@ -122,20 +138,11 @@ def prepare_slots(
         ConnectionLost, ServerRefused, ProtocolError: the server's part failed.
     """
     started_s = time.monotonic()
-    plans = [_plan_within_budget(bundle, size) for size in batch_sizes(num_slots)]
-    total = sum(plan.wire_bytes for plan in plans)
-    done = 0
+    sizes = batch_sizes(num_slots, MIN_BATCH_SLOTS, MAX_BATCH_SLOTS)
+    plans = [_plan_within_budget(bundle, size) for size in sizes]
+    advance = TotalProgress(sum(plan.wire_bytes for plan in plans), progress).advance
     sent = received = 0
     clock = StageClock()
-    lock = threading.Lock()
-
-    def advance(num_bytes: int) -> None:
-        nonlocal done
-        with lock:
-            done += num_bytes
-            if progress is not None:
-                progress(min(done, total), total)
-
     for plan in plans:
         writer = store.begin_batch(plan.num_slots)
         try:

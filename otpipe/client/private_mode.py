@@ -50,7 +50,7 @@ class PrivateMode:
         self.fingerprint = self.bundle.fingerprint
         self.files: Mapping[str, bytes] = self.bundle.files
         self._program = PrivateProgram(self.bundle.description)
-        self.max_positions = self._program.max_positions
+        self.max_positions = self._program.product_blocks.max_text
         self._placement = Placement.for_model(self.spec, link.welcome.num_ranks)
         self.store = PadStore.open(
             root / "pads",
@@ -60,6 +60,8 @@ class PrivateMode:
         )
         self._session: PrivateSession | None = None
         self._text: ShareCache | None = None
+        self._expected = 0  # positions of that text, if that is known
+        self._progress: Progress | None = None
         self._past_traffic = Traffic()
         self._past_rounds = 0
         self._past_operations: dict[str, dict[str, float]] = {}
@@ -68,6 +70,19 @@ class PrivateMode:
     def new_cache(self) -> ShareCache:
         """See ``Mode``."""
         return self._program.new_cache()
+
+    def expect(self, cache: ShareCache, num_positions: int, progress: Progress | None) -> None:
+        """See ``Mode``: attention products are prepared, in blocks, between the passes of a text.
+
+        Raises:
+            UsageError: more positions than the model has, or another text was begun.
+            ConnectionLost: the session has ended, and with it the shares of the text so far.
+        """
+        self._check_length(num_positions)
+        session = self._session_for(cache, num_positions)
+        self._expected, self._progress = num_positions, progress
+        needed = min(num_positions, cache.length + self.prefill_rows)
+        session.make_ready(cache.length, needed, num_positions, progress)
 
     def forward(
         self, token_ids: Sequence[int], cache: ShareCache, wanted: LogitsFor
@@ -80,13 +95,22 @@ class PrivateMode:
             StoreError: no slots, or a damaged one.
         """
         check_tokens(self.spec, token_ids, cache.length)
-        self._program.check_rows(len(token_ids), cache.length)
-        session = self._session_for(cache)
+        needed = cache.length + len(token_ids)
+        self._check_length(needed)
+        session = self._session_for(cache, needed)
+        session.make_ready(cache.length, needed, self._expected, self._progress)
         with self.store.draw(len(token_ids)) as lease:
             self.slots_used += len(token_ids)
             return session.forward(token_ids, cache, wanted, lease)
 
-    def _session_for(self, cache: ShareCache) -> PrivateSession:
+    def _check_length(self, num_positions: int) -> None:
+        if not 1 <= num_positions <= self.max_positions:
+            raise UsageError(
+                f"a text of {num_positions} tokens was asked for; with the private weights of this "
+                f"model it has 1 to {self.max_positions}: shorten the prompt or generate fewer"
+            )
+
+    def _session_for(self, cache: ShareCache, num_positions: int) -> PrivateSession:
         """The session that holds this text; a new one for a new text, if need be."""
         alive = self._session is not None and self._session.alive
         if cache.length:
@@ -100,14 +124,18 @@ class PrivateMode:
                     "the session with the server has ended, and with it the server's shares of "
                     "this text; generate again"
                 )
-        elif not alive:
+        elif not alive or not self._session_has_room(num_positions):
             self._leave()
             self._session = PrivateSession(
                 self._options, self.fingerprint, self._program, self._placement
             )
-        self._text = cache
+        if cache is not self._text:
+            self._text, self._expected = cache, 0
         assert self._session is not None
         return self._session
+
+    def _session_has_room(self, num_positions: int) -> bool:
+        return self._session is not None and self._session.has_room_for(num_positions)
 
     def _leave(self) -> None:
         if self._session is not None:

@@ -11,7 +11,6 @@ Shapes: T slots, J polynomials of a block, m outputs, n inputs.
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +25,8 @@ from otpipe.client.preparation import (
     PreparationReport,
     Progress,
     StageClock,
+    TotalProgress,
+    batch_sizes,
 )
 from otpipe.client.store import BatchWriter, PadStore
 from otpipe.client.store_checksum import transpose_and_sum
@@ -71,15 +72,6 @@ class _MapPlan:
         return up + self.packing.download_total(self.shape.out_features)
 
 
-def batch_sizes(num_slots: int) -> list[int]:
-    """Split a wish for slots into batches: powers of two from 16 to 2048, at least as many."""
-    full, rest = divmod(num_slots, MAX_BATCH_SLOTS)
-    sizes = [MAX_BATCH_SLOTS] * full
-    if rest:
-        sizes.append(max(MIN_BATCH_SLOTS, 1 << (rest - 1).bit_length()))
-    return sizes
-
-
 def wire_bytes_a_slot(description: PrivateDescription, num_slots: int) -> tuple[int, int]:
     """Bytes (up, down) that a slot of a batch of this size costs, payload only."""
     up = down = 0
@@ -107,20 +99,12 @@ def prepare_private_slots(
         FingerprintMismatch: the server was restarted meanwhile.
     """
     started_s = time.monotonic()
-    sizes = batch_sizes(num_slots)
+    sizes = batch_sizes(num_slots, MIN_BATCH_SLOTS, MAX_BATCH_SLOTS)
     plans = [_plan(description, placement, size) for size in sizes]
     total = sum(each.wire_bytes for plan in plans for each in plan)
-    done = sent = received = 0
+    advance = TotalProgress(total, progress).advance
+    sent = received = 0
     clock = StageClock()
-    lock = threading.Lock()
-
-    def advance(num_bytes: int) -> None:
-        nonlocal done
-        with lock:
-            done += num_bytes
-            if progress is not None:
-                progress(min(done, total), total)
-
     for size, plan in zip(sizes, plans, strict=True):
         with store.begin_batch(size) as writer:
             batch = _Batch(plan, placement, options, fingerprint, writer, advance, clock)

@@ -2,30 +2,31 @@
 
 The client runs the whole program of the model; every stage of it runs against the rank that owns
 the stage. Whatever goes wrong ends the session, on all ranks: the shares that the ranks hold of the
-text are gone with it.
+text, and the attention products prepared for it, are gone with it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import threading
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from otpipe.client.link import LinkOptions, ServerLink
+from otpipe.client.mode import AHEAD
+from otpipe.client.operation_meter import OperationMeter
+from otpipe.client.preparation import Progress
 from otpipe.client.private_pads import PassPads, spans_of
+from otpipe.client.private_products import RankLine, TextProducts
 from otpipe.client.store import SlotLease
-from otpipe.errors import ConnectionLost, OtpipeError, ProtocolError
+from otpipe.errors import ProtocolError
 from otpipe.model.private_maps import ClientMaps
 from otpipe.model.private_program import PrivateProgram, Runner, Stage
 from otpipe.model.program import LogitsFor
-from otpipe.ot import OtReceiver
+from otpipe.ot import OtReceiver, Stock
 from otpipe.pipeline.placement import GATEWAY_RANK, Placement
-from otpipe.protocol.messages import Error, MessageType, send_message
+from otpipe.protocol.messages import MessageType, send_message
 from otpipe.protocol.private_messages import (
     LOGITS_FOR,
     SESSION_ID_BYTES,
@@ -36,29 +37,21 @@ from otpipe.protocol.private_messages import (
     PassReady,
     spans_payload,
 )
-from otpipe.protocol.wire import FrameConnection, Header, Traffic
+from otpipe.protocol.wire import Header, Traffic
 from otpipe.protocol.wire_channel import WireChannel
 from otpipe.secure.decoder import ShareCache
 from otpipe.secure.party import Party
-from otpipe.secure.rounds import Step
-from otpipe.secure.shares import Share
+from otpipe.secure.product_blocks import DistanceBudget
 
 SILENCE_S = 300.0
-"""How long a rank may compute between two messages of a pass. One that is gone shows at once, or
+"""How long a rank may compute between two messages. One that is gone shows at once, or
 within seconds, since its connection ends."""
 
 TURN_S = 3600.0
 """How long this client waits while passes of others run."""
 
-
-@dataclass
-class RankLine:
-    """One rank's end of the session."""
-
-    link: ServerLink
-    connection: FrameConnection
-    channel: WireChannel
-    party: Party
+PRODUCTS_AHEAD = f"attention products{AHEAD}"
+"""The operation under which their preparation is counted."""
 
 
 class PrivateSession:
@@ -85,13 +78,15 @@ class PrivateSession:
         self._fingerprint = fingerprint
         self._program = program
         self._placement = placement
-        self._passes = self._turns = 0
+        self._passes = self._waits = 0
         self.operations: defaultdict[str, dict[str, float]] = defaultdict(
             lambda: dict.fromkeys(("seconds", "bytes_sent", "bytes_received", "rounds"), 0)
         )
-        self._meter = _OperationMeter(self.operations, self.current_traffic, lambda: self.rounds)
+        self._meter = OperationMeter(self.operations, self.current_traffic, lambda: self.rounds)
         self._lines: dict[int, RankLine] = {}
         self._ended = False
+        self._budget = DistanceBudget(program.product_blocks)
+        self._products: TextProducts | None = None
         try:
             with self._meter.count("setup"):
                 session = self._join(GATEWAY_RANK, b"")
@@ -107,10 +102,51 @@ class PrivateSession:
             line.connection.peer_has_left() for line in self._lines.values()
         )
 
+    def has_room_for(self, num_positions: int) -> bool:
+        """Whether a new text of so many positions may be prepared in this session."""
+        products = self._products
+        done = 0 if products is None or products.is_used else products.num_prepared
+        blocks = self._program.product_blocks
+        return self._budget.allows(blocks.text_distance(done, num_positions))
+
+    def make_ready(
+        self, length: int, needed: int, expected: int, progress: Progress | None = None
+    ) -> None:
+        """Prepare attention products for the next pass where they are missing, on all ranks.
+
+        Args:
+            length: of the text so far; 0 for a new one, which takes what was prepared for a text
+                that did not begin, or begins with nothing.
+            needed: positions that the text will have after the pass.
+            expected: positions that it will have in the end; if it has more, or that is not known,
+                what is prepared doubles.
+            progress: told of bytes on the wire.
+
+        Raises:
+            ParameterError: a text of this length would tell too much in one session.
+        """
+        try:
+            products = self._products
+            if products is None or (not length and products.is_used):
+                products = self._products = self._new_products()
+            blocks = self._program.product_blocks
+            while products.num_prepared < needed:
+                done = products.num_prepared
+                reach = expected if expected >= needed else max(needed, 2 * done)
+                count = blocks.next_block(done, reach)
+                self._budget.spend(done, done + count)
+                with self._meter.count(PRODUCTS_AHEAD):
+                    self._waits += products.prepare(count, progress)
+        except BaseException as error:
+            self._give_up(error)
+            raise
+
     def forward(
         self, token_ids: Sequence[int], cache: ShareCache, wanted: LogitsFor, lease: SlotLease
     ) -> Tensor | None:
-        """One pass, with the slots of ``lease``; ends the session on any error.
+        """One pass, with the slots of ``lease``, that :meth:`make_ready` has prepared.
+
+        Ends the session on any error.
 
         Returns:
             float32 (rows, vocab) logits, or None for "none".
@@ -126,9 +162,14 @@ class PrivateSession:
             self._passes += 1
             with self._meter.count("turn"):
                 self._begin(request, spans_payload(spans_of(lease)))
+            with self._meter.count("COTs"):
+                for line in self._lines.values():
+                    line.stock.fill(len(token_ids))
             with self._meter.count("logits"):
                 logits = self._run(token_ids, cache, wanted, PassPads(lease))
                 send_message(self._lines[GATEWAY_RANK].connection, PassDone(request.number))
+            for line in self._lines.values():
+                line.stock.note(len(token_ids))
             return logits
         except BaseException as error:
             self._give_up(error)
@@ -148,11 +189,12 @@ class PrivateSession:
     @property
     def rounds(self) -> int:
         """How often the client waited for an answer so far."""
-        return self._turns + sum(line.channel.rounds for line in self._lines.values())
+        return self._waits + sum(line.channel.rounds for line in self._lines.values())
 
     def close(self) -> None:
-        """Leave all ranks. Safe to call twice."""
+        """Leave all ranks, and forget what was prepared. Safe to call twice."""
         self._ended = True
+        self._products = None
         for line in self._lines.values():
             line.link.close()
 
@@ -180,7 +222,7 @@ class PrivateSession:
         except BaseException:
             link.close()
             raise
-        self._lines[rank] = RankLine(link, connection, channel, party)
+        self._lines[rank] = RankLine(link, connection, channel, party, Stock(receiver))
         receiver.setup()
         return told
 
@@ -206,6 +248,14 @@ class PrivateSession:
         if failures:
             raise failures[0]
 
+    def _new_products(self) -> TextProducts:
+        sizes = self._program.product_blocks.sizes
+        spec, owners = self._program.spec, self._placement.owner_of_map
+        layers: dict[int, list[int]] = {rank: [] for rank in self._lines}
+        for layer in range(spec.num_layers):
+            layers[owners[spec.map_index("qkv", layer)]].append(layer)
+        return TextProducts(self._lines, sizes, layers)
+
     # -- a pass ----------------------------------------------------------------------------------
 
     def _begin(self, request: Pass, payload: bytes) -> None:
@@ -219,7 +269,7 @@ class PrivateSession:
 
         gateway.send(request, payload)
         gateway.receive(MessageType.PASS_READY, due, timeout_s=TURN_S)
-        self._turns += 1
+        self._waits += 1
         for rank in range(1, self._placement.world_size):
             self._lines[rank].link.send(request, payload)
 
@@ -227,9 +277,13 @@ class PrivateSession:
         self, token_ids: Sequence[int], cache: ShareCache, wanted: LogitsFor, pads: PassPads
     ) -> Tensor | None:
         description = self._program.description
+        assert self._products is not None, "make_ready comes before a pass"
         runners = {
             rank: Runner(
-                line.party, ClientMaps(line.party, description, pads), measure=self._meter.measure
+                line.party,
+                ClientMaps(line.party, description, pads),
+                self._products.of(rank),
+                self._meter.measure,
             )
             for rank, line in self._lines.items()
         }
@@ -242,50 +296,6 @@ class PrivateSession:
 
     def _give_up(self, error: BaseException) -> None:
         """End the session; a server that did something wrong is told what."""
-        if isinstance(error, OtpipeError) and not isinstance(error, ConnectionLost):
-            for line in self._lines.values():
-                with contextlib.suppress(OtpipeError):
-                    send_message(line.connection, Error("the client ended the session on an error"))
+        for line in self._lines.values():
+            line.tell(error)
         self.close()
-
-
-class _OperationMeter:
-    """Adds up what operations take; what happens inside one that is counted apart is left out."""
-
-    def __init__(
-        self,
-        totals: defaultdict[str, dict[str, float]],
-        traffic: Callable[[], Traffic],
-        rounds: Callable[[], int],
-    ) -> None:
-        self._totals, self._traffic, self._rounds = totals, traffic, rounds
-        self._apart: dict[str, float] = {}
-
-    def measure(self, name: str, operation: Step[Share]) -> Step[Share]:
-        """Run one operation of the program; see ``Runner``."""
-        with self.count(name):
-            return (yield from operation)
-
-    @contextlib.contextmanager
-    def count(self, name: str) -> Iterator[None]:
-        """Count the block under a name."""
-        before, outer = self._now(), self._apart
-        inner = self._apart = dict.fromkeys(before, 0.0)
-        try:
-            yield
-        finally:
-            total = self._totals[name]
-            for key, value in self._now().items():
-                taken = value - before[key]
-                total[key] += taken - inner[key]
-                outer[key] = outer.get(key, 0.0) + taken
-            self._apart = outer
-
-    def _now(self) -> dict[str, float]:
-        traffic = self._traffic()
-        return {
-            "seconds": time.monotonic(),
-            "bytes_sent": traffic.bytes_sent,
-            "bytes_received": traffic.bytes_received,
-            "rounds": self._rounds(),
-        }

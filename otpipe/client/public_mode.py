@@ -60,6 +60,9 @@ class PublicMode:
         """See ``Mode``."""
         return self.executor.new_cache()
 
+    def expect(self, cache: KVCache, num_positions: int, progress: Progress | None) -> None:
+        """See ``Mode``: a text takes nothing but its slots."""
+
     def forward(self, token_ids: Sequence[int], cache: KVCache, wanted: LogitsFor) -> Tensor | None:
         """See ``Mode``; repeated on fresh slots where the disk lost a correction."""
         for _ in range(MAX_DAMAGED_PASSES):

@@ -246,6 +246,8 @@ def pack_words(values: Array, num_bytes: int, words: Array) -> None:
         _pack(values, 6, words)
     elif num_bytes == 7:
         _pack(values, 7, words)
+    elif num_bytes == 8:
+        _pack(values, 8, words)
     else:
         _pack(values, num_bytes, words)
 
@@ -263,5 +265,7 @@ def unpack_words(words: Array, num_bytes: int, values: Array) -> None:
         _unpack(words, 6, values)
     elif num_bytes == 7:
         _unpack(words, 7, values)
+    elif num_bytes == 8:
+        _unpack(words, 8, values)
     else:
         _unpack(words, num_bytes, values)

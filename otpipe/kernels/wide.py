@@ -115,7 +115,9 @@ def to_bytes(x: Tensor) -> Tensor:
 
 
 def rounded_down(x: Tensor, dropped: int) -> Tensor:
-    """round(x / 2^dropped) for 64 < dropped < 128, halves up: the low 128 - dropped bits, (...)."""
+    """round(x / 2^dropped), 64 <= dropped < 128, halves up: the low 128 - dropped bits, (...)."""
+    if dropped == 64:  # the half is the low limb's top bit
+        return x[1] + _shifted_right(x[0], 63)
     return (x[1] + (1 << (dropped - 65))) >> (dropped - 64)
 
 

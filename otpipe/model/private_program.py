@@ -38,6 +38,8 @@ from otpipe.secure.decoder import (
     to_format,
 )
 from otpipe.secure.operations import SecureOperations
+from otpipe.secure.product_blocks import ProductBlocks
+from otpipe.secure.rlwe_products import AttentionSizes
 from otpipe.secure.rounds import Step
 from otpipe.secure.shares import Share, concatenate
 
@@ -69,7 +71,7 @@ class Runner:
     Attributes:
         ops: a ``Party`` that is connected to the stage's owner (or is it), or plaintext.
         maps: linear maps of that pass.
-        products: how attention multiplies its secrets; by OT if None.
+        products: how attention multiplies its secrets; by OT if None, which no server does.
         measure: runs an operation of the program under a name, to count what it takes.
     """
 
@@ -80,11 +82,22 @@ class Runner:
 
 
 class PrivateProgram:
-    """The decoder of one description. Holds nothing secret; one object serves all sessions."""
+    """The decoder of one description. Holds nothing secret; one object serves all sessions.
+
+    Attributes:
+        heads: of attention.
+        product_blocks: how attention's products are prepared.
+    """
 
     def __init__(self, description: PrivateDescription) -> None:
         self.description = description
-        self.spec = description.spec
+        self.spec = spec = description.spec
+        self.heads = HeadShapes(spec.num_heads, spec.num_kv_heads, spec.head_dim)
+        self.product_blocks = ProductBlocks(
+            AttentionSizes(self.heads, FORMATS.score.bits, FORMATS.context_bits),
+            spec.num_layers,
+            self.max_positions,
+        )
 
     def new_cache(self) -> ShareCache:
         """An empty cache: the client needs one for all layers, a rank one for those it owns.
@@ -222,7 +235,6 @@ class PrivateProgram:
         """One decoder layer, (T, H) -> (T, H), and its part of the cache."""
         spec, ops, measure = self.spec, runner.ops, runner.measure
         formats, norms = FORMATS, self.description.norm_formats(layer)
-        heads = HeadShapes(spec.num_heads, spec.num_kv_heads, spec.head_dim)
         cos, sin = rotary_rows(self.description.inverse_frequencies, cache.length, x.shape[0])
 
         def norm(x: Share) -> Step[Share]:
@@ -233,7 +245,7 @@ class PrivateProgram:
 
         h = yield from norm(x)
         h = yield from linear("qkv", h)
-        attended = attention(ops, layer, h, cache, heads, cos, sin, formats, runner.products)
+        attended = attention(ops, layer, h, cache, self.heads, cos, sin, formats, runner.products)
         h = yield from measure("attention", attended)
         h = yield from linear("o", h)
         x = x + h

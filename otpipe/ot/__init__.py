@@ -13,6 +13,7 @@ from otpipe.ot.requests import (
     SendOneOfMany,
 )
 from otpipe.ot.sender import OtSender
+from otpipe.ot.stock import Stock
 
 __all__ = [
     "DEFAULT_OT_PARAMS",
@@ -27,5 +28,6 @@ __all__ = [
     "SendChosen",
     "SendCorrelated",
     "SendOneOfMany",
+    "Stock",
     "local_channels",
 ]

@@ -50,17 +50,40 @@ def _hash_group(
 
 
 @kernel
+def _epoch_end(first: int, log2_epoch: int, number: int, stride: int, left: int) -> int:
+    """How many of ``left`` transfers from COT ``number`` belong to its epoch."""
+    end = ((number >> log2_epoch) + 1) << log2_epoch
+    return min(left, (end - number + stride - 1) // stride)
+
+
+@kernel
 def hash_all(
-    bases: Array, offsets: Array, round_keys: Array, first: int, stride: int, pads: Array
-) -> None:
+    bases: Array, offsets: Array, round_keys: Array, start: int, log2_epoch: int, first: int,
+    stride: int, pads: Array,
+) -> None:  # fmt: skip
     """pads[i, e] = H(bases[i] ^ offsets[e]): every pad of each transfer.
 
     bases (n, 2), offsets (M, 2), pads (n, M, P); tweak of block k: (first + i stride, 256 k + e).
-    Needs AES instructions.
+    round_keys (epochs, 11, 2), from the epoch of COT ``start``: a transfer has that of its first
+    COT. Needs AES instructions.
     """
-    if offsets.shape[0] >= GROUP:
-        _hash_wide(bases, offsets, round_keys, first, stride, pads)
-        return
+    lo, zero = 0, start >> log2_epoch
+    while lo < bases.shape[0]:
+        number = first + lo * stride
+        hi = lo + _epoch_end(first, log2_epoch, number, stride, bases.shape[0] - lo)
+        keys = round_keys[(number >> log2_epoch) - zero]
+        if offsets.shape[0] >= GROUP:
+            _hash_wide(bases[lo:hi], offsets, keys, number, stride, pads[lo:hi])
+        else:
+            _hash_narrow(bases[lo:hi], offsets, keys, number, stride, pads[lo:hi])
+        lo = hi
+
+
+@kernel
+def _hash_narrow(
+    bases: Array, offsets: Array, round_keys: Array, first: int, stride: int, pads: Array
+) -> None:
+    """``hash_all`` within an epoch, several transfers in a group."""
     num_messages = offsets.shape[0]
     index_bits = 0
     while num_messages >> (index_bits + 1):
@@ -85,7 +108,7 @@ def hash_all(
 def _hash_wide(
     bases: Array, offsets: Array, round_keys: Array, first: int, stride: int, pads: Array
 ) -> None:
-    """``hash_all`` for whole groups of one transfer: straight loops, which vectorise."""
+    """``hash_all`` within an epoch for groups of one transfer: straight loops, which vectorise."""
     size = 2 * GROUP
     x, y, z = np.empty(size, np.uint64), np.empty(size, np.uint64), np.empty(size, np.uint64)
     base, tweak = np.empty(size, np.uint64), np.zeros(size, np.uint64)
@@ -116,27 +139,68 @@ def _hash_wide(
 
 @kernel
 def hash_one(
-    bases: Array, indices: Array, round_keys: Array, first: int, stride: int, pads: Array
-) -> None:
+    bases: Array, indices: Array, round_keys: Array, start: int, log2_epoch: int, first: int,
+    stride: int, pads: Array,
+) -> None:  # fmt: skip
     """pads[i] = H(bases[i]) with the tweak of index ``indices[i]``: the pad a receiver can know.
 
-    bases (n, 2), indices uint8 (n,), pads (n, P). Needs AES instructions.
+    bases (n, 2), indices uint8 (n,), pads (n, P). Else as ``hash_all``.
     """
-    total = bases.shape[0]
     x, y = np.zeros((GROUP, 2), np.uint64), np.empty((GROUP, 2), np.uint64)
     z, index = np.empty((GROUP, 2), np.uint64), np.zeros(GROUP, np.uint64)
     tweak = np.zeros(GROUP, np.uint64)
-    for start in range(0, total, GROUP):
-        count = min(GROUP, total - start)
+    lo, zero = 0, start >> log2_epoch
+    while lo < bases.shape[0]:
+        number = first + lo * stride
+        count = min(GROUP, _epoch_end(first, log2_epoch, number, stride, bases.shape[0] - lo))
         for s in range(count):
-            index[s] = np.uint64(indices[start + s])
-            tweak[s] = np.uint64(first + (start + s) * stride)
-            x[s, 0], x[s, 1] = bases[start + s, 0], bases[start + s, 1]
-        _hash_group(x, y, z, tweak, index, round_keys, pads[start : start + count])
+            index[s] = np.uint64(indices[lo + s])
+            tweak[s] = np.uint64(number + s * stride)
+            x[s, 0], x[s, 1] = bases[lo + s, 0], bases[lo + s, 1]
+        keys = round_keys[(number >> log2_epoch) - zero]
+        _hash_group(x, y, z, tweak, index, keys, pads[lo : lo + count])
+        lo += count
 
 
 @kernel
-def _bits_at(words: Array, start: int, bits: int) -> np.uint64:
+def hash_rows(
+    keys: Array, offsets: Array, round_keys: Array, start: int, log2_epoch: int, first: int,
+    m: int, words: int, bits: int, pads: Array,
+) -> None:  # fmt: skip
+    """``hash_all`` for the rows of products: of pad (i m + j, e) only what row j needs.
+
+    Row j has ``words`` words of ``bits`` - j bits. keys (n m, 2), pads (n m, 2, P). The blocks of
+    one pad fill a group, since there are many of them.
+    """
+    total, zero = 2 * keys.shape[0], start >> log2_epoch
+    x, y = np.zeros((GROUP, 2), np.uint64), np.empty((GROUP, 2), np.uint64)
+    z, once = np.empty((GROUP, 2), np.uint64), np.empty((GROUP, 2), np.uint64)
+    lo = 0
+    while lo < total:
+        epoch = (first + (lo >> 1)) >> log2_epoch
+        count = min(GROUP, min(total, 2 * (((epoch + 1) << log2_epoch) - first)) - lo)
+        for s in range(count):
+            c, e = (lo + s) >> 1, (lo + s) & 1
+            x[s, 0], x[s, 1] = keys[c, 0] ^ offsets[e, 0], keys[c, 1] ^ offsets[e, 1]
+        encrypt_group(x, round_keys[epoch - zero], once)
+        for s in range(count):
+            c, e = (lo + s) >> 1, (lo + s) & 1
+            pad, number = pads[c, e], np.uint64(first + c)
+            needed = (words * (bits - c % m) + 127) >> 7
+            low, high = once[s, 0], once[s, 1]
+            for block in range(0, needed, GROUP):
+                for k in range(GROUP):
+                    y[k, 0] = low ^ number
+                    y[k, 1] = high ^ np.uint64((block + k) << 8 | e)
+                encrypt_group(y, round_keys[epoch - zero], z)
+                for k in range(min(GROUP, needed - block)):
+                    pad[2 * (block + k)] = z[k, 0] ^ low
+                    pad[2 * (block + k) + 1] = z[k, 1] ^ high
+        lo += count
+
+
+@kernel
+def bits_at(words: Array, start: int, bits: int) -> np.uint64:
     """``bits`` bits (1 to 64) of a row of words from bit ``start``."""
     at, shift = start >> 6, np.uint64(start & 63)
     value = words[at] >> shift
@@ -146,8 +210,8 @@ def _bits_at(words: Array, start: int, bits: int) -> np.uint64:
 
 
 @kernel
-def _read_words(words: Array, first: int, bits: int, out: Array) -> None:
-    """``_bits_at`` from bit ``first`` on, one after the other, without branches: vector loads."""
+def read_words(words: Array, first: int, bits: int, out: Array) -> None:
+    """``bits_at`` from bit ``first`` on, one after the other, without branches: vector loads."""
     one, mask = np.uint64(1), ~np.uint64(0) >> np.uint64(64 - bits)
     last = words.shape[0] - 1
     for k in range(out.shape[0]):
@@ -159,7 +223,7 @@ def _read_words(words: Array, first: int, bits: int, out: Array) -> None:
 
 
 @kernel
-def _append(
+def append(
     values: Array, bits: int, packed: Array, pending: np.uint64, fill: np.uint64, at: int
 ) -> tuple[np.uint64, np.uint64, int]:
     """Pack values below 2^bits behind ``fill`` pending bits; returns the writer's new state."""
@@ -180,7 +244,7 @@ def _append(
 def _append_columns(
     columns: Array, last_bits: int, packed: Array, pending: np.uint64, fill: np.uint64, at: int
 ) -> tuple[np.uint64, np.uint64, int]:
-    """``_append`` of columns (parts, M): 64 bits of each part, and ``last_bits`` of the last."""
+    """``append`` of columns (parts, M): 64 bits of each part, and ``last_bits`` of the last."""
     one, width = np.uint64(1), np.uint64(last_bits)
     last = columns.shape[0] - 1
     for m in range(columns.shape[1]):
@@ -201,29 +265,33 @@ def _append_columns(
 
 
 @kernel
-def mask_chosen(messages: Array, flips: Array, pads: Array, bits: int, packed: Array) -> None:
+def mask_chosen(
+    messages: Array, flips: Array, pads: Array, bits: int, packed: Array, state: Array
+) -> None:
     """Message m xor pad m ^ flips[i], ``bits`` bits each, end to end.
 
-    messages (n, M, w), flips uint8 (n,), pads (n, M, P), packed: uint64 words.
+    messages (n, M, w), flips (n,), pads (n, M, P), packed: uint64 words. ``state``: what ``append``
+    has pending, and where.
     """
     if messages.shape[2] > 1:
-        _mask_rows(messages, flips, pads, bits, packed)
+        _mask_rows(messages, flips, pads, bits, packed, state)
         return
     mask = ~np.uint64(0) >> np.uint64(64 - bits)
     num_messages = messages.shape[1]
     values = np.empty(num_messages, np.uint64)
-    pending, fill, at = np.uint64(0), np.uint64(0), 0
+    pending, fill, at = state[0], state[1], np.int64(state[2])
     for i in range(messages.shape[0]):
         flip = np.int64(flips[i])
         for m in range(num_messages):
             values[m] = (messages[i, m, 0] ^ pads[i, m ^ flip, 0]) & mask
-        pending, fill, at = _append(values, bits, packed, pending, fill, at)
-    if fill > np.uint64(0):
-        packed[at] = pending
+        pending, fill, at = append(values, bits, packed, pending, fill, at)
+    state[0], state[1], state[2] = pending, fill, np.uint64(at)
 
 
 @kernel
-def _mask_rows(messages: Array, flips: Array, pads: Array, bits: int, packed: Array) -> None:
+def _mask_rows(
+    messages: Array, flips: Array, pads: Array, bits: int, packed: Array, state: Array
+) -> None:
     """``mask_chosen`` for several words: a packed message lies bit by bit under its pad."""
     mask = ~np.uint64(0) >> np.uint64(64 - bits)
     num_messages, num_words = messages.shape[1], messages.shape[2]
@@ -231,7 +299,7 @@ def _mask_rows(messages: Array, flips: Array, pads: Array, bits: int, packed: Ar
     last_bits = num_words * bits - 64 * (parts - 1)
     last_mask = ~np.uint64(0) >> np.uint64(64 - last_bits)
     columns = np.empty((parts, num_messages), np.uint64)
-    pending, fill, at = np.uint64(0), np.uint64(0), 0
+    pending, fill, at = state[0], state[1], np.int64(state[2])
     for i in range(messages.shape[0]):
         flip = np.int64(flips[i])
         for part in range(parts):
@@ -248,61 +316,7 @@ def _mask_rows(messages: Array, flips: Array, pads: Array, bits: int, packed: Ar
                 for m in range(num_messages):
                     column[m] ^= (messages[i, m, k] & mask) >> down
         pending, fill, at = _append_columns(columns, last_bits, packed, pending, fill, at)
-    if fill > np.uint64(0):
-        packed[at] = pending
-
-
-@kernel
-def mask_correlated(
-    correlation: Array, flips: Array, pads: Array, bits: int, x: Array, packed: Array
-) -> None:
-    """x = pad d, packed = x + correlation - pad (1 ^ d) mod 2^bits, d = flips[i].
-
-    correlation and x (n, w), flips uint8 (n,), pads (n, 2, P), packed: uint64 words.
-    """
-    mask = ~np.uint64(0) >> np.uint64(64 - bits)
-    values = np.empty(correlation.shape[1], np.uint64)
-    pending, fill, at = np.uint64(0), np.uint64(0), 0
-    for i in range(correlation.shape[0]):
-        flip = np.int64(flips[i])
-        if values.shape[0] == 1:
-            x[i, 0] = pads[i, flip, 0] & mask
-            values[0] = (x[i, 0] + correlation[i, 0] - pads[i, 1 ^ flip, 0]) & mask
-        else:
-            own, row = x[i], correlation[i]
-            _read_words(pads[i, flip], 0, bits, own)
-            _read_words(pads[i, 1 ^ flip], 0, bits, values)
-            for k in range(values.shape[0]):
-                values[k] = (own[k] + row[k] - values[k]) & mask
-        pending, fill, at = _append(values, bits, packed, pending, fill, at)
-    if fill > np.uint64(0):
-        packed[at] = pending
-
-
-@kernel
-def open_chosen(
-    packed: Array, indices: Array, num_messages: int, pads: Array, bits: int, out: Array
-) -> None:
-    """out[i] = packed message ``indices[i]`` of transfer i, xor pad: pads (n, P), out (n, w)."""
-    num_words = out.shape[1]
-    for i in range(out.shape[0]):
-        start = (i * num_messages + np.int64(indices[i])) * num_words * bits
-        for k in range(num_words):
-            out[i, k] = _bits_at(packed, start + k * bits, bits) ^ _bits_at(pads[i], k * bits, bits)
-
-
-@kernel
-def open_correlated(packed: Array, choices: Array, pads: Array, bits: int, out: Array) -> None:
-    """out[i] = pad + choice times the packed words, mod 2^bits: pads (n, P), out (n, w)."""
-    mask = ~np.uint64(0) >> np.uint64(64 - bits)
-    num_words = out.shape[1]
-    sent = np.empty(num_words, np.uint64)
-    for i in range(out.shape[0]):
-        chosen, row = np.uint64(0) - np.uint64(choices[i]), out[i]
-        _read_words(packed, i * num_words * bits, bits, sent)
-        _read_words(pads[i], 0, bits, row)
-        for k in range(num_words):
-            row[k] = (row[k] + (sent[k] & chosen)) & mask
+    state[0], state[1], state[2] = pending, fill, np.uint64(at)
 
 
 @kernel
@@ -310,4 +324,4 @@ def pad_words(pads: Array, bits: int, out: Array) -> None:
     """The first words of each pad, ``bits`` bits each: (N, P) -> uint64 (N, w)."""
     for i in range(out.shape[0]):
         for k in range(out.shape[1]):
-            out[i, k] = _bits_at(pads[i], k * bits, bits)
+            out[i, k] = bits_at(pads[i], k * bits, bits)

@@ -85,6 +85,7 @@ class TweakLedger:
     def __init__(self, params: OtParams) -> None:
         self._limit = params.max_cots
         self._epoch_cots = params.epoch_cots
+        self.log2_epoch = params.log2_epoch
         self._next = 0
 
     @property

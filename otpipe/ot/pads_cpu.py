@@ -43,12 +43,18 @@ def combine(keys: U64, index_bits: int) -> U64:
 
 
 class CpuHash:
-    """H of one party in one session, behind its ledger."""
+    """H of one party in one session, behind its ledger.
+
+    Attributes:
+        native: whether AES is compiled.
+        log2_epoch: COTs under one key.
+    """
 
     def __init__(self, session: bytes, ledger: TweakLedger, native: bool | None = None) -> None:
         """``native``: compiled AES; None: where the processor has it."""
         self._session, self._ledger = session, ledger
-        self._native = aes_native.NATIVE if native is None else native
+        self.log2_epoch = ledger.log2_epoch
+        self.native = aes_native.NATIVE if native is None else native
 
     def in_pieces(
         self, first: int, count: int, stride: int, num_pads: int, body: Callable[[int, int], None]
@@ -84,14 +90,12 @@ class CpuHash:
             blocks: AES blocks of a pad.
         """
         pads = np.empty((len(bases), len(offsets), 2 * blocks), np.uint64)
+        if self.native:
+            keys = self.round_keys(first, len(bases) * stride)
+            pad_kernels.hash_all(bases, offsets, keys, first, self.log2_epoch, first, stride, pads)
+            return pads
         for lo, hi, epoch in self._ledger.epochs(first, len(bases), stride):
             start = first + lo * stride
-            if self._native:
-                pad_kernels.hash_all(
-                    bases[lo:hi], offsets, self._keys(epoch), start, stride,
-                    pads[lo:hi],
-                )  # fmt: skip
-                continue
             indices = np.tile(np.arange(len(offsets)).astype(np.uint8), hi - lo)
             x = bases[lo:hi, None, :] ^ offsets
             numbers = np.repeat(start + stride * np.arange(hi - lo), len(offsets))
@@ -109,20 +113,26 @@ class CpuHash:
             first, stride, blocks: as in ``all_pads``.
         """
         pads = np.empty((len(bases), 2 * blocks), np.uint64)
+        if self.native:
+            keys = self.round_keys(first, len(bases) * stride)
+            pad_kernels.hash_one(bases, indices, keys, first, self.log2_epoch, first, stride, pads)
+            return pads
         for lo, hi, epoch in self._ledger.epochs(first, len(bases), stride):
-            start = first + lo * stride
-            if self._native:
-                pad_kernels.hash_one(
-                    bases[lo:hi], indices[lo:hi], self._keys(epoch), start, stride, pads[lo:hi]
-                )
-            else:
-                numbers = start + stride * np.arange(hi - lo)
-                key = hash_key(self._session, epoch)
-                _tmmo_portable(bases[lo:hi], indices[lo:hi], pads[lo:hi], key, numbers)
+            numbers = first + lo * stride + stride * np.arange(hi - lo)
+            key = hash_key(self._session, epoch)
+            _tmmo_portable(bases[lo:hi], indices[lo:hi], pads[lo:hi], key, numbers)
         return pads
 
-    def _keys(self, epoch: int) -> U64:
-        return round_keys(self._session, epoch).view(np.uint64)
+    def claim(self, first: int, count: int) -> None:
+        """Use the tweaks of ``count`` COTs; see ``TweakLedger.claim``."""
+        self._ledger.claim(first, count)
+
+    def round_keys(self, first: int, count: int) -> U64:
+        """Of the epochs of ``count`` COTs from ``first``: uint64 (epochs, 11, 2)."""
+        epochs = range(first >> self.log2_epoch, ((first + count - 1) >> self.log2_epoch) + 1)
+        keys = [round_keys(self._session, epoch) for epoch in epochs]
+        together = keys[0][None] if len(keys) == 1 else np.stack(keys)
+        return together.view(np.uint64)
 
 
 def _tmmo_portable(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from otpipe.ot.params import MAX_INDEX_BITS, MAX_MESSAGE_BITS, MAX_WORD_BITS
 
@@ -20,11 +21,12 @@ class Shape:
     """What both parties know of one request.
 
     Attributes:
-        correlated: one masked difference is sent for each transfer; else all messages are.
+        correlated: masked differences are sent; else all messages are.
         count: n transfers.
-        index_bits: b; each transfer takes b COTs and chooses one of 2^b.
+        index_bits: b; each transfer takes b COTs and chooses one of 2^b. Of a correlated one these
+            are the bits of its factor, at most ``bits``; each chooses by itself.
         words: values of one message.
-        bits: of each value.
+        bits: of each value; for bit j of a factor ``bits`` - j.
 
     Raises:
         ValueError: out of range.
@@ -39,7 +41,12 @@ class Shape:
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= MAX_WORD_BITS:
             raise ValueError(f"Values have 1 to {MAX_WORD_BITS} bits, not {self.bits}.")
-        if not 1 <= self.index_bits <= MAX_INDEX_BITS:
+        if self.correlated and not 1 <= self.index_bits <= self.bits:
+            raise ValueError(
+                f"A factor of values of {self.bits} bits has 1 to {self.bits} bits, not "
+                f"{self.index_bits}; higher ones do not matter."
+            )
+        if not self.correlated and not 1 <= self.index_bits <= MAX_INDEX_BITS:
             raise ValueError(
                 f"A transfer chooses with 1 to {MAX_INDEX_BITS} index bits, not {self.index_bits}."
             )
@@ -51,7 +58,7 @@ class Shape:
 
     @property
     def num_messages(self) -> int:
-        """2^b."""
+        """2^b: how many choices there are."""
         return 1 << self.index_bits
 
     @property
@@ -67,15 +74,22 @@ class Shape:
     @property
     def answer_bits(self) -> int:
         """Bits of the sender's answer for one transfer."""
-        return self.words * self.bits * (1 if self.correlated else self.num_messages)
+        if self.correlated:
+            b = self.index_bits
+            return self.words * (b * self.bits - b * (b - 1) // 2)
+        return self.words * self.bits * self.num_messages
+
+    @property
+    def num_pads(self) -> int:
+        """Pads that the sender makes for one transfer."""
+        return 2 * self.index_bits if self.correlated else self.num_messages
 
     def answer_bytes(self, count: int) -> int:
         """Bytes of the answers to ``count`` transfers."""
         return -(-count * self.answer_bits // 8)
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Transfers [lo, hi) of request ``request``, whose answers travel in one message."""
 
     request: int

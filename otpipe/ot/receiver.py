@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from otpipe.ot.channel import Bytes, Channel
+from otpipe.ot.channel import Channel
 from otpipe.ot.extension import U64, TreeLayout, blocks_of, rounded
 from otpipe.ot.extension_cpu import CpuExtensionReceiver
 from otpipe.ot.handshake import set_up_receiver
-from otpipe.ot.masks_cpu import CpuMasks, open_chosen, open_correlated, pack_bits, pad_words
+from otpipe.ot.masks_cpu import ChoiceBits, CpuMasks, Message, Part, pad_words
 from otpipe.ot.pads import TweakLedger, blocks_per_pad
-from otpipe.ot.pads_cpu import CpuHash, combine
+from otpipe.ot.pads_cpu import CpuHash
 from otpipe.ot.params import DEFAULT_OT_PARAMS, OtParams
-from otpipe.ot.plan import MESSAGE_BYTES, Piece, Shape, answer_messages
+from otpipe.ot.plan import MESSAGE_BYTES, Shape, answer_messages
 from otpipe.ot.pool import CotPool
 from otpipe.ot.requests import (
     Choices,
@@ -48,6 +49,11 @@ class OtReceiver:
     def available(self) -> int:
         """COTs in the pool."""
         return self._pool.available
+
+    @property
+    def taken(self) -> int:
+        """COTs that calls have used so far."""
+        return self._pool.num_taken
 
     def setup(self) -> None:
         """Base OTs and seeds; once, before anything else."""
@@ -134,67 +140,39 @@ class OtReceiver:
             self._channel.send(f"ot.corrections@{first}", payload)
             self._pool.put((t, choices), size)
 
-    def _receive(self, shapes: list[Shape], choices: list[Bytes], results: list[U64]) -> None:
+    def _receive(self, shapes: list[Shape], choices: list[U64], results: list[U64]) -> None:
         """Send the masked choices, open the answers into ``results``."""
         total = sum(shape.cots for shape in shapes)
         if total == 0:
             return
         self._extend(max(0, total - self._pool.available))
         first, (keys, bits) = self._pool.take(total)
-        randoms, starts, masked = [], [], []
-        cot = 0
-        for shape, choice in zip(shapes, choices, strict=True):
-            own = bits[cot : cot + shape.cots].reshape(shape.count, shape.index_bits)
-            one_bit = shape.index_bits == 1
-            random = own[:, 0] if one_bit else np.packbits(own, axis=1, bitorder="little")[:, 0]
-            masked.append(pack_bits(masked_choices(choice, random), shape.index_bits))
-            randoms.append(random)
-            starts.append(cot)
-            cot += shape.cots
-        payload = np.concatenate(masked)
+        assert self._masks is not None
+        stream = ChoiceBits(shapes)
+        randoms = stream.gathered(bits)
+        chosen = np.concatenate(choices)
+        payload = stream.packed(masked_choices(chosen, randoms))
         for i, lo in enumerate(range(0, payload.size, MESSAGE_BYTES)):
             self._channel.send(f"ot.choices@{first}.{i}", payload[lo : lo + MESSAGE_BYTES])
 
+        cots = [0, *itertools.accumulate(shape.cots for shape in shapes)]
+        elements = [0, *itertools.accumulate(shape.count for shape in shapes)]
         for i, pieces in enumerate(answer_messages(shapes)):
-            pads = []
-            for piece in pieces:  # while the sender computes
-                b = shapes[piece.request].index_bits
-                start = starts[piece.request] + piece.lo * b
-                stop = starts[piece.request] + piece.hi * b
-                random = randoms[piece.request][piece.lo : piece.hi]
-                pads.append(
-                    self._pads(shapes[piece.request], keys[start:stop], random, first + start)
-                )
-            sizes = [shapes[piece.request].answer_bytes(piece.hi - piece.lo) for piece in pieces]
-            answers = self._channel.receive(f"ot.answers@{first}.{i}", sum(sizes))
-            at = 0
-            for piece, pad, size in zip(pieces, pads, sizes, strict=True):
-                _open(shapes, choices, results, piece, answers[at : at + size], pad)
-                at += size
-
-    def _pads(self, shape: Shape, keys: U64, random: Bytes, first: int) -> U64:
-        assert self._masks is not None
-        bases = combine(keys, shape.index_bits)
-        blocks = blocks_per_pad(shape.words, shape.bits)
-        return self._masks.chosen_pads(bases, random, first, shape.index_bits, blocks)
+            parts, size = [], 0
+            for request, lo, hi in pieces:
+                shape, result = shapes[request], results[request][lo:hi]
+                cot, element = cots[request] + lo * shape.index_bits, elements[request] + lo
+                parts.append(Part(shape, hi - lo, cot, element, None, result))
+                size += shape.answer_bytes(hi - lo)
+            message = Message(parts)
+            pads = self._masks.own_pads(message, keys, randoms, first)  # while the sender computes
+            answers = self._channel.receive(f"ot.answers@{first}.{i}", size)
+            self._masks.open(message, answers, chosen, pads)
 
 
-def masked_choices(choices: Bytes, randoms: Bytes) -> Bytes:
+def masked_choices(choices: U64, randoms: U64) -> U64:
     """What the sender sees of choices: under the random ones of the COTs (Beaver, CRYPTO 1995)."""
     return choices ^ randoms
-
-
-def _open(
-    shapes: list[Shape], choices: list[Bytes], results: list[U64], piece: Piece, packed: Bytes,
-    pads: U64,
-) -> None:  # fmt: skip
-    shape = shapes[piece.request]
-    choice = choices[piece.request][piece.lo : piece.hi]
-    if shape.correlated:
-        out = open_correlated(packed, choice, pads, shape.bits, shape.words)
-    else:
-        out = open_chosen(packed, choice, shape.num_messages, pads, shape.bits, shape.words)
-    results[piece.request][piece.lo : piece.hi] = out
 
 
 def _given(request: ReceiverRequest) -> Choices:
@@ -208,11 +186,13 @@ def _shape(request: ReceiverRequest) -> Shape:
     words = 1 if request.words is None else request.words
     index_bits = request.index_bits if isinstance(request, ReceiveOneOfMany) else 1
     correlated = isinstance(request, ReceiveCorrelated)
+    if isinstance(request, ReceiveCorrelated):
+        index_bits = request.factor_bits
     return Shape(correlated, len(given), index_bits, words, request.bits)
 
 
-def _checked(request: ReceiverRequest, shape: Shape) -> Bytes:
-    """The choices as uint8 (n,), in range."""
+def _checked(request: ReceiverRequest, shape: Shape) -> U64:
+    """The choices as uint64 (n,), in range."""
     given = _given(request)
     if isinstance(given, Tensor):
         if given.device.type != "cpu" or given.is_floating_point() or given.is_complex():
@@ -222,8 +202,8 @@ def _checked(request: ReceiverRequest, shape: Shape) -> Bytes:
         given = given.detach().numpy()
     elif not np.issubdtype(given.dtype, np.integer):
         raise ValueError(f"Choices are {given.dtype}; give integers.")
-    if given.size and (given.min() < 0 or given.max() >= shape.num_messages):
+    if given.size and (int(given.min()) < 0 or int(given.max()) >= shape.num_messages):
         raise ValueError(
             f"Choices lie in [0, {shape.num_messages}); at least one of {given.size} does not."
         )
-    return given.astype(np.uint8)
+    return given.astype(np.uint64)

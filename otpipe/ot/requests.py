@@ -23,14 +23,20 @@ Choices = Tensor | NDArray[Any]
 class SendCorrelated:
     """The sender gets x, uniform; the receiver x + choice * correlation mod 2^bits.
 
+    With more than one factor bit this is Gilboa's product (CRYPTO 1999, section 4): a correlated OT
+    for each bit j of the choice, of values mod 2^(bits - j), whose results both parties add with
+    the weights 2^j.
+
     Attributes:
-        correlation: int64 (n,) or (n, w), on the sender's device. With w words one choice bit
-            selects all of them: a bit times a row.
+        correlation: int64 (n,) or (n, w), on the sender's device. With w words one choice
+            multiplies all of them: a number times a row.
         bits: 1 to 64.
+        factor_bits: of the choice, 1 to ``bits``.
     """
 
     correlation: Tensor
     bits: int
+    factor_bits: int = 1
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -57,7 +63,7 @@ class SendOneOfMany:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class ReceiveCorrelated:
-    """Meets ``SendCorrelated``; choice (n,) of 0 and 1.
+    """Meets ``SendCorrelated``; choice (n,) in [0, 2^factor_bits).
 
     ``words`` None: the result is (n,); else (n, words).
     """
@@ -65,6 +71,7 @@ class ReceiveCorrelated:
     choice: Choices
     bits: int
     words: int | None = None
+    factor_bits: int = 1
 
 
 @dataclass(frozen=True, repr=False, eq=False)

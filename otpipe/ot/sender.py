@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,13 +12,13 @@ from torch import Tensor
 from otpipe.ot.channel import Channel
 from otpipe.ot.extension import TreeLayout, blocks_of, correction_bytes, rounded
 from otpipe.ot.handshake import set_up_sender
-from otpipe.ot.masks_cpu import unpack_bits
+from otpipe.ot.masks_cpu import ChoiceBits
 from otpipe.ot.pads import TweakLedger
 from otpipe.ot.params import DEFAULT_OT_PARAMS, OtParams
 from otpipe.ot.plan import Shape, answer_messages, choice_messages
 from otpipe.ot.pool import CotPool
 from otpipe.ot.requests import SendChosen, SendCorrelated, SenderRequest, SendOneOfMany
-from otpipe.ot.sender_cpu import CpuSenderMath, SenderMath
+from otpipe.ot.sender_cpu import CpuSenderMath, Job, SenderMath
 from otpipe.ot.sender_device import DeviceSenderMath
 from otpipe.ot.turn import Turn
 
@@ -59,6 +60,11 @@ class OtSender:
     def available(self) -> int:
         """COTs in the pool."""
         return self._pool.available
+
+    @property
+    def taken(self) -> int:
+        """COTs that calls have used so far."""
+        return self._pool.num_taken
 
     def setup(self) -> None:
         """Base OTs and seeds; once, before anything else. One round, in which this side begins."""
@@ -165,37 +171,28 @@ class OtSender:
         assert self._math is not None
         self._extend(max(0, total - self._pool.available))
         first, (keys,) = self._pool.take(total)
-        parts = [
+        choices = ChoiceBits(shapes)
+        received = [
             self._channel.receive(f"ot.choices@{first}.{i}", size)
             for i, size in enumerate(choice_messages(shapes))
         ]
-        choices = np.concatenate(parts)
-        starts, flips = [], []
-        at = cot = 0
-        for shape in shapes:
-            packed = choices[at : at + shape.choice_bytes]
-            flips.append(unpack_bits(packed, shape.count, shape.index_bits))
-            starts.append(cot)
-            at, cot = at + shape.choice_bytes, cot + shape.cots
+        flips = choices.unpacked(received[0] if len(received) == 1 else np.concatenate(received))
+        cots = [0, *itertools.accumulate(shape.cots for shape in shapes)]
+        elements = [0, *itertools.accumulate(shape.count for shape in shapes)]
         for i, pieces in enumerate(answer_messages(shapes)):
-            answers = []
-            for piece in pieces:
-                shape, tensor = shapes[piece.request], tensors[piece.request][piece.lo : piece.hi]
-                b = shape.index_bits
-                start = starts[piece.request] + piece.lo * b
-                part = keys[start : start + len(tensor) * b]
-                flip = flips[piece.request][piece.lo : piece.hi]
-                result = results[piece.request]
-                if result is None:
-                    packed = self._math.mask_messages(
-                        part, first + start, b, flip, tensor, shape.bits
+            jobs = []
+            for request, lo, hi in pieces:
+                shape, result = shapes[request], results[request]
+                jobs.append(
+                    Job(
+                        shape,
+                        cots[request] + lo * shape.index_bits,
+                        elements[request] + lo,
+                        tensors[request][lo:hi],
+                        None if result is None else result[lo:hi],
                     )
-                else:
-                    result[piece.lo : piece.hi], packed = self._math.mask_correlated(
-                        part, first + start, flip, tensor, shape.bits
-                    )
-                answers.append(packed)
-            payload = answers[0] if len(answers) == 1 else np.concatenate(answers)
+                )
+            payload = self._math.answers(jobs, keys, flips, first)
             self._channel.send(f"ot.answers@{first}.{i}", payload)
 
     def _tensor(self, request: SenderRequest) -> Tensor:
@@ -233,7 +230,7 @@ def _shape(request: SenderRequest, tensor: Tensor) -> Shape:
     """Sizes of a request whose values are (n, w) or (n, M, w)."""
     if isinstance(request, SendCorrelated):
         n, words = tensor.shape
-        return Shape(True, n, 1, words, request.bits)
+        return Shape(True, n, request.factor_bits, words, request.bits)
     n, num_messages, words = tensor.shape
     index_bits = num_messages.bit_length() - 1
     if num_messages != 1 << index_bits:

@@ -5,6 +5,8 @@ Shape suffixes: n transfers, b index bits, M = 2^b messages, w words.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -15,10 +17,29 @@ from otpipe.ot.channel import Bytes
 from otpipe.ot.extension import U64, TreeLayout
 from otpipe.ot.extension_cpu import CpuExtensionSender
 from otpipe.ot.handshake import SenderSecrets
-from otpipe.ot.masks_cpu import CpuMasks
+from otpipe.ot.masks_cpu import CpuMasks, Message, Part
 from otpipe.ot.pads import TweakLedger, offset_table
-from otpipe.ot.pads_cpu import CpuHash, combine
+from otpipe.ot.pads_cpu import CpuHash
 from otpipe.ot.params import MAX_INDEX_BITS
+from otpipe.ot.plan import Shape
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Job:
+    """Transfers of one request whose answers travel in one message.
+
+    Attributes:
+        shape: of the request.
+        cot, element: number of the first COT, and of the first transfer, in the exchange.
+        values: int64 (n, w), or (n, M, w) where messages are chosen from; of these transfers.
+        results: int64 (n, w), contiguous, to be filled; None where messages are chosen from.
+    """
+
+    shape: Shape
+    cot: int
+    element: int
+    values: Tensor
+    results: Tensor | None
 
 
 class SenderMath(Protocol):
@@ -27,15 +48,12 @@ class SenderMath(Protocol):
     def cots(self, first: int, count: int, corrections: Bytes) -> Tensor:
         """Keys q of COTs from ``first``, for one message of the receiver: (count, 2)."""
 
-    def mask_messages(
-        self, keys: Tensor, first: int, index_bits: int, flips: Bytes, messages: Tensor, bits: int
-    ) -> Bytes:
-        """Messages (n, M, w) under their pads, packed; flips uint8 (n,) on the host."""
+    def answers(self, jobs: Sequence[Job], keys: Tensor, flips: U64, first: int) -> Bytes:
+        """All answers of one message, packed; fills the results.
 
-    def mask_correlated(
-        self, keys: Tensor, first: int, flips: Bytes, correlation: Tensor, bits: int
-    ) -> tuple[Tensor, Bytes]:
-        """x (n, w), and packed x + correlation - pad 1, for correlation (n, w)."""
+        keys: of the exchange, whose first COT is number ``first``. flips: uint64 (transfers of the
+        exchange,), on the host: choices xor what their COTs hold.
+        """
 
     def random_pairs(self, keys: Tensor, first: int, bits: int) -> tuple[Tensor, Tensor]:
         """Both pads of each transfer as values (n,)."""
@@ -61,23 +79,20 @@ class CpuSenderMath:
         words = corrections.view(np.uint64).reshape(-1, count // 64)
         return torch.from_numpy(self._extension.block(first, count, words).view(np.int64))
 
-    def mask_messages(
-        self, keys: Tensor, first: int, index_bits: int, flips: Bytes, messages: Tensor, bits: int
-    ) -> Bytes:
+    def answers(self, jobs: Sequence[Job], keys: Tensor, flips: U64, first: int) -> Bytes:
         """See ``SenderMath``."""
-        bases, offsets = combine(_u64(keys), index_bits), self._offsets[: 1 << index_bits]
-        return self._masks.mask_chosen(
-            bases, offsets, first, index_bits, flips, _u64(messages), bits
-        )
-
-    def mask_correlated(
-        self, keys: Tensor, first: int, flips: Bytes, correlation: Tensor, bits: int
-    ) -> tuple[Tensor, Bytes]:
-        """See ``SenderMath``."""
-        x, packed = self._masks.mask_correlated(
-            _u64(keys), self._offsets[:2], first, flips, _u64(correlation), bits
-        )
-        return torch.from_numpy(x.view(np.int64)), packed
+        parts = [
+            Part(
+                job.shape,
+                len(job.values),
+                job.cot,
+                job.element,
+                _u64(job.values),
+                None if job.results is None else _u64(job.results),
+            )
+            for job in jobs
+        ]
+        return self._masks.answers(Message(parts), _u64(keys), self._offsets, flips, first)
 
     def random_pairs(self, keys: Tensor, first: int, bits: int) -> tuple[Tensor, Tensor]:
         """See ``SenderMath``."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 import numpy as np
@@ -20,11 +20,13 @@ from torch import Tensor
 from otpipe.kernels.aes_planes import expand_keys, key_planes
 from otpipe.ot import torch_ops
 from otpipe.ot.channel import Bytes
-from otpipe.ot.extension import COTS_PER_AES_BLOCK, TreeLayout
+from otpipe.ot.extension import COTS_PER_AES_BLOCK, U64, TreeLayout
 from otpipe.ot.extension_kernels import spread_bits
 from otpipe.ot.handshake import SenderSecrets
 from otpipe.ot.pads import KEY_GROUP, TweakLedger, blocks_per_pad, offset_table, round_keys
 from otpipe.ot.params import MAX_INDEX_BITS
+from otpipe.ot.plan import Shape
+from otpipe.ot.sender_cpu import Job
 
 _PIECE_BLOCKS = 1 << 22
 """Pad blocks in memory at a time: 64 MiB, and a few times that for what becomes of them."""
@@ -66,33 +68,54 @@ class DeviceSenderMath:
         rows[later:] ^= sent.to(self._device)[self._trees[later:] - 1] & self._masks[later:, None]
         return self._ops.transposed(rows).view(torch.int64)
 
-    def mask_messages(
-        self, keys: Tensor, first: int, index_bits: int, flips: Bytes, messages: Tensor, bits: int
-    ) -> Bytes:
+    def answers(self, jobs: Sequence[Job], keys: Tensor, flips: U64, first: int) -> Bytes:
         """See ``SenderMath``."""
-        words = messages.shape[2]
-        masked = torch.empty(messages.shape, dtype=torch.int64, device=self._device)
-        for lo, hi, pads in self._pads(keys, first, index_bits, flips, words, bits):
-            masked[lo:hi] = (messages[lo:hi] & _mask(bits)) ^ self._words(pads, words, bits)
-        return self._to_host(self._ops.pack(masked.view(-1), bits))
+        device_flips = torch.from_numpy(flips.view(np.int64)).to(self._device)
+        self._ledger.claim(
+            first + jobs[0].cot, sum(len(job.values) * job.shape.index_bits for job in jobs)
+        )
+        packed = []
+        for job in jobs:
+            own = keys[job.cot : job.cot + len(job.values) * job.shape.index_bits]
+            flip = device_flips[job.element : job.element + len(job.values)]
+            work = self._messages if job.results is None else self._products
+            packed.append(work(job, own, first + job.cot, flip))
+        return self._to_host(packed[0] if len(packed) == 1 else torch.cat(packed))
 
-    def mask_correlated(
-        self, keys: Tensor, first: int, flips: Bytes, correlation: Tensor, bits: int
-    ) -> tuple[Tensor, Bytes]:
-        """See ``SenderMath``."""
-        words = correlation.shape[1]
-        x = torch.empty(correlation.shape, dtype=torch.int64, device=self._device)
-        sent = torch.empty_like(x)
-        for lo, hi, pads in self._pads(keys, first, 1, flips, words, bits):
-            values = self._words(pads, words, bits)
-            x[lo:hi] = values[:, 0]
-            sent[lo:hi] = (values[:, 0] + correlation[lo:hi] - values[:, 1]) & _mask(bits)
-        return x, self._to_host(self._ops.pack(sent.view(-1), bits))
+    def _messages(self, job: Job, keys: Tensor, first: int, flips: Tensor) -> Tensor:
+        """Messages under their pads."""
+        shape = job.shape
+        masked = torch.empty(job.values.shape, dtype=torch.int64, device=self._device)
+        bases = self._ops.combined(keys, shape.index_bits)
+        for lo, hi, pads in self._pads(bases, first, shape.index_bits, shape, flips):
+            values = self._words(pads, shape.words, shape.bits)
+            masked[lo:hi] = (job.values[lo:hi] & _mask(shape.bits)) ^ values
+        return self._ops.pack(masked.view(-1), shape.bits)
+
+    def _products(self, job: Job, keys: Tensor, first: int, flips: Tensor) -> Tensor:
+        """Differences of all factor bits; fills the results."""
+        shape, m, values, results = job.shape, job.shape.index_bits, job.values, job.results
+        assert results is not None
+        each = ((flips[:, None] >> torch.arange(m, device=self._device)) & 1).view(-1)
+        # Some elements at a time; eight of them fill whole bytes.
+        blocks = blocks_per_pad(shape.words, shape.bits)
+        step = 8 * max(1, _PIECE_BLOCKS // (16 * m * blocks))
+        packed = []
+        for lo in range(0, len(values), step):
+            hi = min(lo + step, len(values))
+            cots = slice(lo * m, hi * m)
+            pads = [p for _, _, p in self._pads(keys[cots], first + lo * m, 1, shape, each[cots])]
+            whole = (pads[0] if len(pads) == 1 else torch.cat(pads)).view(hi - lo, m, 2, -1)
+            own = values[lo:hi].contiguous()
+            packed.append(self._ops.mask_products(whole, own, shape.bits, results[lo:hi]))
+        return packed[0] if len(packed) == 1 else torch.cat(packed)
 
     def random_pairs(self, keys: Tensor, first: int, bits: int) -> tuple[Tensor, Tensor]:
         """See ``SenderMath``."""
+        self._ledger.claim(first, len(keys))
         both = torch.empty((2, len(keys)), dtype=torch.int64, device=self._device)
-        for lo, hi, pads in self._pads(keys, first, 1, np.zeros(len(keys), np.uint8), 1, bits):
+        shape, flips = Shape(False, len(keys), 1, 1, bits), keys.new_zeros(len(keys))
+        for lo, hi, pads in self._pads(keys, first, 1, shape, flips):
             both[:, lo:hi] = self._words(pads, 1, bits)[..., 0].T
         return both[0], both[1]
 
@@ -118,34 +141,24 @@ class DeviceSenderMath:
         return self._group_planes[at]
 
     def _pads(
-        self, keys: Tensor, first: int, stride: int, flips: Bytes, words: int, bits: int
+        self, bases: Tensor, first: int, stride: int, shape: Shape, flips: Tensor
     ) -> Iterator[tuple[int, int, Tensor]]:
-        """Claim the tweaks, then yield (lo, hi, pads (hi - lo, M, P)) over all transfers."""
-        bases = combined(keys, stride).contiguous().view(torch.int32)
+        """Yield (lo, hi, pads (hi - lo, M, P)) over all transfers: pad e is that of e ^ flip.
+
+        bases (n, 2) and flips (n,), both int64; transfer i begins at COT first + i stride.
+        """
+        words = bases.contiguous().view(torch.int32)
         offsets = self._offsets[: 1 << stride]
-        blocks = blocks_per_pad(words, bits)
-        flips_device = torch.from_numpy(flips).to(self._device)
-        self._ledger.claim(first, len(bases) * stride)
+        blocks = blocks_per_pad(shape.words, shape.bits)
         step = max(1, _PIECE_BLOCKS // (len(offsets) * blocks))
         for lo, hi, epoch in self._ledger.epochs(first, len(bases), stride):
             planes = self._planes(epoch)
             for start in range(lo, hi, step):
                 stop = min(start + step, hi)
                 yield start, stop, self._ops.hash_all(
-                    bases[start:stop], offsets, planes, first + start * stride, stride,
-                    flips_device[start:stop], blocks,
+                    words[start:stop], offsets, planes, first + start * stride, stride,
+                    flips[start:stop], blocks,
                 )  # fmt: skip
-
-
-def combined(keys: Tensor, index_bits: int) -> Tensor:
-    """``pads_cpu.combine`` in torch: int64 (n index_bits, 2) -> (n, 2)."""
-    groups = keys.view(-1, index_bits, 2)
-    low, high = groups[:, -1, 0], groups[:, -1, 1]
-    for j in reversed(range(index_bits - 1)):
-        reduced = (high >> 63) & 0b10000111
-        high = ((high << 1) | ((low >> 63) & 1)) ^ groups[:, j, 1]
-        low = (low << 1) ^ reduced ^ groups[:, j, 0]
-    return torch.stack((low, high), -1)
 
 
 def _mask(bits: int) -> int:

@@ -80,10 +80,10 @@ def hash_all(
     flips: Tensor,
     blocks: int,
 ) -> Tensor:
-    """Every pad of each transfer, as ``CpuHash.all_pads`` within one epoch.
+    """Every pad of each transfer within one epoch: entry e has that of index e ^ flips[i].
 
     Args:
-        bases: int32 (n, 4). offsets: int32 (M, 4). flips: uint8 (n,).
+        bases: int32 (n, 4). offsets: int32 (M, 4). flips: int64 (n,).
         key_planes: int32 (11, 8) of the permutation.
         first, stride: transfer i begins at COT first + i stride.
         blocks: AES blocks of a pad.
@@ -92,7 +92,7 @@ def hash_all(
         int64 (n, M, 2 blocks).
     """
     n, num_messages = len(bases), len(offsets)
-    indices = torch.arange(num_messages, device=bases.device) ^ flips.long()[:, None]
+    indices = torch.arange(num_messages, device=bases.device) ^ flips[:, None]
     x = bases[:, None, :] ^ offsets[indices]
     keys = key_planes.unsqueeze(-1)
     once = _encrypted(x.view(-1, 2, 4), keys).view(n, num_messages, 4)
@@ -104,6 +104,59 @@ def hash_all(
         mixed[..., 2] ^= indices.int() | (block << 8)
         pads[:, :, block] = _encrypted(mixed.view(-1, 2, 4), keys).view(n, num_messages, 4) ^ once
     return pads.view(torch.int64).view(n, num_messages, 2 * blocks)
+
+
+def combined(keys: Tensor, index_bits: int) -> Tensor:
+    """``pads_cpu.combine`` in torch: int64 (n index_bits, 2) -> (n, 2)."""
+    groups = keys.view(-1, index_bits, 2)
+    low, high = groups[:, -1, 0], groups[:, -1, 1]
+    for j in reversed(range(index_bits - 1)):
+        reduced = (high >> 63) & 0b10000111
+        high = ((high << 1) | ((low >> 63) & 1)) ^ groups[:, j, 1]
+        low = (low << 1) ^ reduced ^ groups[:, j, 0]
+    return torch.stack((low, high), -1)
+
+
+def mask_products(pads: Tensor, values: Tensor, bits: int, x: Tensor) -> Tensor:
+    """``exchange_kernels.mask_products``: fills x, returns what is sent, packed.
+
+    Args:
+        pads: int64 (n, m, 2, P): of bit j of factor i the sender's own pad and the other one.
+        values, x: int64 (n, w).
+        bits: of the products; row j of an element has ``bits`` - j.
+
+    Returns:
+        uint8, as many as the packed bits need.
+    """
+    n, m, words = *pads.shape[:2], values.shape[1]
+    j = torch.arange(m, device=pads.device)[:, None]
+    width = bits - j
+    position = torch.arange(words, device=pads.device) * width  # (m, w)
+    at, shift = position >> 6, position & 63
+    after = torch.clamp(at + 1, max=pads.shape[-1] - 1)
+    shape = (n, m, 2, words)
+    low = pads.gather(3, at[None, :, None].expand(shape))
+    high = pads.gather(3, after[None, :, None].expand(shape))
+    shift, ones = shift[:, None], (~((-1 << (width - 1)) << 1))[:, None]
+    low = (low >> shift) & ~((-1 << (63 - shift)) << 1)  # logical shifts, as in pad_words
+    both = (low | ((high << 1) << (63 - shift))) & ones
+    own, other = both[:, :, 0], both[:, :, 1]
+    x.copy_((own << j).sum(1) & ~((-1 << (bits - 1)) << 1))
+    sent = (own + values[:, None] - other) & ones[:, 0]
+    # Every value is added to the three words of 32 bits that it may reach; none overlaps another.
+    before = j * bits - j * (j - 1) // 2  # bits of the rows of an element before row j, a word
+    total = m * bits - m * (m - 1) // 2
+    start = torch.arange(n, device=pads.device)[:, None, None] * (words * total)
+    place = start + words * before + position
+    word, lift = (place >> 5).view(-1), (place & 31).view(-1)
+    sent, num_bytes = sent.reshape(-1), -(-n * words * total // 8)
+    packed = torch.zeros(num_bytes // 4 + 4, dtype=torch.int64, device=pads.device)
+    lower, upper = sent & 0xFFFFFFFF, (sent >> 32) & 0xFFFFFFFF
+    parts = (lower << lift, upper << lift)
+    packed.index_add_(0, word, parts[0] & 0xFFFFFFFF)
+    packed.index_add_(0, word + 1, (parts[0] >> 32) + (parts[1] & 0xFFFFFFFF))
+    packed.index_add_(0, word + 2, parts[1] >> 32)
+    return packed.to(torch.int32).view(torch.uint8)[:num_bytes]
 
 
 def pad_words(pads: Tensor, words: int, bits: int) -> Tensor:

@@ -187,6 +187,69 @@ def _hash_kernel(  # type: ignore[no-untyped-def]
         tl.store(at + 4 * blocks + 3, w7, mask=inside)
 
 
+@triton.jit(do_not_specialize=["count", "index_bits"])
+def _combine_kernel(  # type: ignore[no-untyped-def]
+    keys, out, count, index_bits, LANES: tl.constexpr
+):
+    """One lane: sum_j alpha^j of the keys of one transfer, by Horner's rule."""
+    i = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
+    inside = i < count
+    at = keys + 2 * ((i + 1) * index_bits - 1)
+    low = tl.load(at, mask=inside, other=0)
+    high = tl.load(at + 1, mask=inside, other=0)
+    for j in range(1, index_bits):
+        carry = (high >> 63) & 0x87
+        high = ((high << 1) | ((low >> 63) & 1)) ^ tl.load(at - 2 * j + 1, mask=inside, other=0)
+        low = (low << 1) ^ carry ^ tl.load(at - 2 * j, mask=inside, other=0)
+    tl.store(out + 2 * i, low, mask=inside)
+    tl.store(out + 2 * i + 1, high, mask=inside)
+
+
+@triton.jit
+def _word_at(pad, position, last, ones, inside):  # type: ignore[no-untyped-def]
+    """The word under mask ``ones`` from a bit of a pad of ``last`` + 1 words of 64 bits."""
+    first = position >> 6
+    shift = position & 63
+    low = tl.load(pad + first, mask=inside, other=0)
+    high = tl.load(pad + tl.minimum(first + 1, last), mask=inside, other=0)
+    low = (low >> shift) & ~((tl.full(low.shape, -1, dtype=tl.int64) << (63 - shift)) << 1)
+    return (low | ((high << 1) << (63 - shift))) & ones
+
+
+@triton.jit(do_not_specialize=["count", "m", "words", "bits", "pad_size"])
+def _products_kernel(  # type: ignore[no-untyped-def]
+    pads, values, x, packed, count, m, words, bits, pad_size, LANES: tl.constexpr
+):
+    """One lane: word k of row j of element i. Sums and packed bits meet in atomic operations."""
+    lane = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
+    inside = lane < count
+    row = lane // words
+    k = lane - row * words
+    i = row // m
+    j = row - i * m
+    width = bits - j
+    ones = ~((tl.full((LANES,), -1, dtype=tl.int64) << (width - 1)) << 1)
+    pad = pads + 2 * row * pad_size
+    own = _word_at(pad, k * width, pad_size - 1, ones, inside)
+    other = _word_at(pad + pad_size, k * width, pad_size - 1, ones, inside)
+    value = tl.load(values + i * words + k, mask=inside, other=0)
+    tl.atomic_add(x + i * words + k, own << j, mask=inside, sem="relaxed")
+    sent = (own + value - other) & ones
+    total = m * bits - m * (m - 1) // 2
+    before = j * bits - j * (j - 1) // 2
+    place = (i * total + before) * words + k * width
+    target = packed + (place >> 5)
+    lift = place & 31
+    lower = (sent & 0xFFFFFFFF) << lift
+    upper = ((sent >> 32) & 0xFFFFFFFF) << lift
+    # Values do not overlap, but share words.
+    tl.atomic_or(target, lower.to(tl.int32), mask=inside, sem="relaxed")
+    middle = ((lower >> 32) | upper).to(tl.int32)
+    tl.atomic_or(target + 1, middle, mask=inside & (middle != 0), sem="relaxed")
+    top = (upper >> 32).to(tl.int32)
+    tl.atomic_or(target + 2, top, mask=inside & (top != 0), sem="relaxed")
+
+
 @triton.jit(do_not_specialize=["count", "words", "bits", "pad_size"])
 def _pad_words_kernel(  # type: ignore[no-untyped-def]
     pads, out, count, words, bits, pad_size, LANES: tl.constexpr
@@ -289,6 +352,30 @@ def hash_all(
         pads.view(torch.int32), num_pairs, stride, num_messages.bit_length() - 1, blocks, _LANES,
     )  # fmt: skip
     return pads
+
+
+@_on_its_device
+def combined(keys: Tensor, index_bits: int) -> Tensor:
+    """See ``torch_ops.combined``."""
+    count = len(keys) // index_bits
+    out = torch.empty((count, 2), dtype=torch.int64, device=keys.device)
+    _combine_kernel[(triton.cdiv(count, 128),)](keys.contiguous(), out, count, index_bits, 128)
+    return out
+
+
+@_on_its_device
+def mask_products(pads: Tensor, values: Tensor, bits: int, x: Tensor) -> Tensor:
+    """See ``torch_ops.mask_products``; x must be contiguous."""
+    n, m, words = *pads.shape[:2], values.shape[1]
+    num_bytes = -(-n * words * (m * bits - m * (m - 1) // 2) // 8)
+    packed = torch.zeros(num_bytes // 4 + 4, dtype=torch.int32, device=pads.device)
+    x.zero_()
+    count = n * m * words
+    _products_kernel[(triton.cdiv(count, 128),)](
+        pads, values, x, packed, count, m, words, bits, pads.shape[3], 128
+    )
+    x &= ~((-1 << (bits - 1)) << 1)
+    return packed.view(torch.uint8)[:num_bytes]
 
 
 @_on_its_device

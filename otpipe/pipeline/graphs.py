@@ -16,7 +16,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -109,7 +109,6 @@ class GraphedMaps:
         )
         self._buffers: dict[int, _Buffers] = {}
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
-        self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.default_stream(device)
         self._kept: list[object] = []  # what the lines' addresses point into
         self.lines: list[RowLine] = []
@@ -136,10 +135,11 @@ class GraphedMaps:
 
         Nobody else may use the device meanwhile.
         """
+        pool = torch.cuda.graph_pool_handle()
         for rows in RECORDED_ROWS:
             self._buffers[rows] = self._new_buffers(rows)
             for index in self._indices:
-                graph = self._record(index, rows, self._buffers[rows], keep_graph=False)
+                graph = self._record(index, rows, self._buffers[rows], pool, keep_graph=False)
                 self._graphs[index, rows] = graph
         self.lines = [self._new_line() for _ in range(NUM_LINES)]
 
@@ -159,7 +159,7 @@ class GraphedMaps:
         driver = _driver()
         stream = torch.cuda.Stream(self._device)
         # The lines run at once, so that each needs temporary memory of its own.
-        self._pool = torch.cuda.graph_pool_handle()
+        pool = torch.cuda.graph_pool_handle()
         launches = np.zeros((len(self._linear_maps), len(LINE_ROWS)), np.int64)
         held = [
             (self._linear_maps[i], column)
@@ -178,7 +178,7 @@ class GraphedMaps:
         )
         for linear_map, column in recorded:
             index = linear_map.index
-            graph = self._record(index, LINE_ROWS[column], buffers, keep_graph=True)
+            graph = self._record(index, LINE_ROWS[column], buffers, pool, keep_graph=True)
             launches[index, column] = _instantiated(driver, graph)
             self._kept.append(graph)
         self._kept.append(stream)
@@ -194,8 +194,9 @@ class GraphedMaps:
         )
 
     def _record(
-        self, map_index: int, rows: int, buffers: _Buffers, *, keep_graph: bool
+        self, map_index: int, rows: int, buffers: _Buffers, pool: Any, *, keep_graph: bool
     ) -> torch.cuda.CUDAGraph:
+        """A graph whose temporary memory is in ``pool``, a ``graph_pool_handle``."""
         linear_map = self._linear_maps[map_index]
         inputs = buffers.inputs[: rows * linear_map.in_features * linear_map.ring_bytes]
         outputs = buffers.outputs[: rows * linear_map.out_features * linear_map.ring_bytes]
@@ -209,9 +210,8 @@ class GraphedMaps:
         stream = torch.cuda.Stream(self._device)
         torch.cuda.synchronize(self._device)
         with torch.cuda.stream(stream):
-            # All graphs of a line take their temporary memory from one pool: none needs it after
-            # its replay.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            # Graphs that run one after the other share a pool: none needs it after its replay.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 work()
             finally:

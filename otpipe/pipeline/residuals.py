@@ -7,6 +7,7 @@ rank, its shares can never be taken for another's: without a session that waits,
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -49,16 +50,15 @@ class Mailbox:
 
     def take(self, key: ShareKey, has_left: Callable[[], bool], timeout_s: float) -> Tensor | None:
         """Wait for a share; None if its client has left or it did not come in time."""
-        waited_s = 0.0
+        deadline_s = time.monotonic() + timeout_s
         with self._arrived:
             while True:
                 share = self._open[key.session].pop(key, None)
                 if share is not None:
                     return share
-                if waited_s >= timeout_s or has_left():
+                if time.monotonic() >= deadline_s or has_left():
                     return None
-                if not self._arrived.wait(POLL_S):
-                    waited_s += POLL_S
+                self._arrived.wait(POLL_S)
 
     def close(self, session: bytes) -> None:
         """Forget a session and its shares."""

@@ -47,6 +47,7 @@ class MessageType(IntEnum):
     PASS_DONE = 10
     MASKED_BEGIN = 11
     CHANNEL = 12
+    PREPARE = 13
     WELCOME = 128
     BUNDLE = 129
     RESULT = 130
@@ -56,6 +57,7 @@ class MessageType(IntEnum):
     ATTACHED = 134
     JOINED = 135
     PASS_READY = 136
+    PREPARE_READY = 137
     ERROR = 255
 
 

@@ -2,8 +2,9 @@
 
 A connection begins as in public mode (HELLO, WELCOME). ATTACH then ties it to one rank for its
 life, and what follows is between the client and that rank: exchanges of the preparation, or a
-session (JOIN, then OT setup, then passes). Inside a session the two parties run the program of the
-model in lockstep; what they say to each other there travels in CHANNEL frames.
+session (JOIN, then OT setup, then preparations of attention products, and passes). Inside a session
+the two parties run the program of the model in lockstep; what they say to each other there travels
+in CHANNEL frames.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ class Pass(Message):
     """One pass of the program over ``rows`` positions from ``position`` on.
 
     ``number`` counts the passes of the session from 0; ``logits_for`` is an index of
-    :data:`LOGITS_FOR`; the payload names the slots of the rows, ``spans`` runs of them. Position 0
-    begins a new text and forgets the one before.
+    :data:`LOGITS_FOR`; the payload names the slots of the rows, ``spans`` runs of them.
+    ``position`` is the length of the text so far; PREPARE has come for it and the rows.
     """
 
     TYPE = MessageType.PASS
@@ -92,6 +93,27 @@ class PassDone(Message):
 
     TYPE = MessageType.PASS_DONE
     number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare(Message):
+    """Prepare the attention products of ``count`` positions from ``first`` on, on this rank.
+
+    Between passes. ``first`` is where the preparation before has ended, or 0: that begins a new
+    text, and forgets the one before. The exchanges follow PREPARE_READY.
+    """
+
+    TYPE = MessageType.PREPARE
+    first: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareReady(Message):
+    """The rank has room for this preparation: it may begin."""
+
+    TYPE = MessageType.PREPARE_READY
+    first: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,10 @@ doubled, out of order, cut short or of another phase ends the session at the nex
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -53,6 +55,7 @@ class WireChannel:
         self._on_received = on_received
         self._num_sent = self._num_received = 0
         self._listening = False
+        self._patience_s: float | None = None
         self.sent_bytes: Counter[str] = Counter()
         self.received_bytes: Counter[str] = Counter()
         self.rounds = 0
@@ -73,6 +76,7 @@ class WireChannel:
             ServerRefused, ProtocolError: the server, or the client, ended the session with an
                 error, which this tells.
         """
+        started_s = time.monotonic()
         try:
             message_type, header, announced = self._connection.receive_head(self._timeout_s)
         except IdlePeer as error:
@@ -108,7 +112,29 @@ class WireChannel:
             self.rounds += 1
         if self._on_received is not None:
             self._on_received(payload)
+        self._lose_patience(time.monotonic() - started_s)
         return payload
+
+    @contextlib.contextmanager
+    def at_a_pace(self, patience_s: float) -> Iterator[None]:
+        """Inside, spend at most ``patience_s`` in waiting for messages, all together.
+
+        Where it is over, :meth:`receive` raises ProtocolError.
+        """
+        self._patience_s = patience_s
+        try:
+            yield
+        finally:
+            self._patience_s = None
+
+    def _lose_patience(self, waited_s: float) -> None:
+        if self._patience_s is None:
+            return
+        self._patience_s -= waited_s
+        if self._patience_s < 0:
+            raise ProtocolError(
+                f"the {self._peer} sent what was due more slowly than is allowed; use a faster line"
+            )
 
 
 def peer_error(peer: str, header: Header) -> OtpipeError:

@@ -10,15 +10,20 @@ Shape suffixes: n elements, M messages, R rows, P columns, g members of a group.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from otpipe.secure.entries import Entries, RowEntries, Rows
 from otpipe.secure.resizing import select
 from otpipe.secure.rounds import Pending, Step, in_one_round
 from otpipe.secure.shares import Share, concatenate, stack
 from otpipe.secure.transfers import table
+
+BitFunction = Callable[[list[Tensor]], list[Tensor]]
 
 DIGIT_BITS = 4
 """1-of-16 OT, as in the paper; wider digits only where they spare a round."""
@@ -87,7 +92,7 @@ def _group_max(is_server: bool, x_Rng: Share) -> Step[Share]:
             stack([beats(i, [j for j in range(g) if j != i][k]) for i in range(1, g)])
             for k in range(g - 1)
         ],
-        lambda bits: [_all(bits)],
+        _all_of,
         1,
     )
     above = stack([x_Rng[..., i] - x_Rng[..., 0] for i in range(1, g)])
@@ -98,14 +103,15 @@ def _group_max(is_server: bool, x_Rng: Share) -> Step[Share]:
 def truth_table(
     is_server: bool,
     inputs: Sequence[Share],
-    function: Callable[[list[Tensor]], list[Tensor]],
+    function: BitFunction,
     num_outputs: int,
 ) -> Step[list[Share]]:
     """Any function of up to 8 shared bits, elementwise, in one round.
 
     Args:
         inputs: bits, all of one shape.
-        function: from int64 tensors of 0 and 1 to ``num_outputs`` such tensors.
+        function: from int64 tensors of 0 and 1 to ``num_outputs`` such tensors; of a module, since
+            its table is kept.
     """
     shape = inputs[0].shape
     if len(inputs) == 1:
@@ -122,59 +128,82 @@ def truth_table(
 
 
 def _joined(
-    is_server: bool,
-    own: Sequence[Tensor],
-    function: Callable[[list[Tensor]], list[Tensor]],
-    num_outputs: int,
+    is_server: bool, own: Sequence[Tensor], function: BitFunction, num_outputs: int
 ) -> Pending[list[Tensor]]:
     count = len(own)
-    index = own[0].clone()
+    index = own[0]
     for k in range(1, count):
         index = index | (own[k] << k)
 
-    every = torch.arange(1 << count, device=index.device)
+    def entries() -> Entries:
+        rows = _rows_of_bits(function, count, index.device)
+        return RowEntries(rows, index, 1, count, flipped=True)
 
-    def messages(part: slice) -> list[Tensor]:
-        return function([own[k][part, None] ^ ((every >> k) & 1) for k in range(count)])
+    return table(is_server, index, count, (1,) * num_outputs, entries)
 
-    return table(is_server, index, count, (1,) * num_outputs, messages)
+
+@functools.lru_cache(maxsize=64)
+def _rows_of_bits(function: BitFunction, count: int, device: torch.device) -> Rows:
+    """The function of every ``count`` bits."""
+    every = torch.arange(1 << count, device=device)
+    return Rows(torch.stack(function([(every >> k) & 1 for k in range(count)]), 1))
 
 
 def _server_less(is_server: bool, own: Tensor, num_bits: int) -> Step[Tensor]:
     """Own share (n,) of the bit: the server's number is below the client's; both (n,)."""
     widths = digit_widths(num_bits)
+    # The lowest digit's "equal" is never asked for. All others of one width are one table.
     pendings, low = [], 0
-    for place, width in enumerate(widths):
-        digit = (own >> low) & ((1 << width) - 1)
-        pendings.append(_leaf(is_server, digit, width, with_equal=place > 0))
-        low += width
+    for width, group in itertools.groupby(enumerate(widths), lambda each: (each[1], each[0] > 0)):
+        size = len(list(group))
+        mask = (1 << width[0]) - 1
+        digits = torch.stack([(own >> (low + k * width[0])) & mask for k in range(size)])
+        pendings.append(_leaves(is_server, digits, width[0], with_equal=width[1]))
+        low += size * width[0]
     leaves = yield from in_one_round(*pendings)
-    # Lowest digit first; the lowest one's "equal" is never asked for.
-    digits: list[tuple[Tensor, Tensor | None]] = [
-        (leaf[0], leaf[1] if len(leaf) > 1 else None) for leaf in leaves
-    ]
-    while len(digits) > 1:
-        count = -(-len(digits) // MAX_JOINED)
-        sizes = [len(digits) // count + (k < len(digits) % count) for k in range(count)]
+    # Lowest digit first.
+    digits_of: list[tuple[Tensor, Tensor | None]] = [each for group in leaves for each in group]
+    while len(digits_of) > 1:
+        count = -(-len(digits_of) // MAX_JOINED)
+        sizes = [len(digits_of) // count + (k < len(digits_of) % count) for k in range(count)]
         groups, at = [], 0
         for size in sizes:
-            groups.append(digits[at : at + size])
+            groups.append(digits_of[at : at + size])
             at += size
         joined = yield from in_one_round(*(_join(is_server, group) for group in groups))
-        digits = [(each[0], each[1] if len(each) > 1 else None) for each in joined]
-    return digits[0][0]
+        digits_of = [(each[0], each[1] if len(each) > 1 else None) for each in joined]
+    return digits_of[0][0]
 
 
-def _leaf(is_server: bool, digit: Tensor, width: int, with_equal: bool) -> Pending[list[Tensor]]:
-    every = torch.arange(1 << width, device=digit.device)
+def _leaves(
+    is_server: bool, digits: Tensor, width: int, with_equal: bool
+) -> Pending[list[tuple[Tensor, Tensor | None]]]:
+    """(less, equal) of several digits (places, n), a place after the other."""
+    flat = digits.view(-1)
 
-    def messages(part: slice) -> list[Tensor]:
-        fields = [(digit[part, None] < every).to(torch.int64)]
-        if with_equal:
-            fields.append((digit[part, None] == every).to(torch.int64))
-        return fields
+    def entries() -> Entries:
+        rows = _leaf_rows(width, with_equal, flat.device)
+        return RowEntries(rows, flat << width, 1, 2 * width)
 
-    return table(is_server, digit, width, (1,) * (1 + with_equal), messages)
+    pending = table(is_server, flat, width, (1,) * (1 + with_equal), entries)
+
+    def finish(got: list[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+        fields = [field.view(digits.shape) for field in pending.finish(got)]
+        return [
+            (fields[0][place], fields[1][place] if with_equal else None)
+            for place in range(len(digits))
+        ]
+
+    return Pending(pending.requests, finish)
+
+
+@functools.cache
+def _leaf_rows(width: int, with_equal: bool, device: torch.device) -> Rows:
+    """Whether a < b, and a == b, at row 2^width a + b."""
+    both = torch.arange(1 << (2 * width), device=device)
+    a, b = both >> width, both & ((1 << width) - 1)
+    columns = [a < b, a == b] if with_equal else [a < b]
+    return Rows(torch.stack(columns, 1).to(torch.int64))
 
 
 def _join(is_server: bool, group: Sequence[tuple[Tensor, Tensor | None]]) -> Pending[list[Tensor]]:
@@ -189,20 +218,13 @@ def _join(is_server: bool, group: Sequence[tuple[Tensor, Tensor | None]]) -> Pen
     lower = [each[0] for each in group[:-1]]
     equal = [each[1] for each in group[1:]]
     own = [*lower, *(each for each in equal if each is not None)]
-    if lowest_equal is not None:
-        own.append(lowest_equal)
-
-    def function(bits: list[Tensor]) -> list[Tensor]:
-        less, equals = bits[: size - 1], bits[size - 1 : 2 * size - 2]
-        total, above = torch.zeros_like(bits[0]), torch.ones_like(bits[0])
-        for k in reversed(range(size - 1)):
-            above = above & equals[k]
-            total = total ^ (above & less[k])
-        return [total, above & bits[-1]] if lowest_equal is not None else [total]
-
     if size == 1:
         return Pending([], lambda got: [each for each in group[0] if each is not None])
-    pending = _joined(is_server, own, function, 1 if lowest_equal is None else 2)
+    if lowest_equal is not None:
+        own.append(lowest_equal)
+        pending = _joined(is_server, own, _less_and_equal, 2)
+    else:
+        pending = _joined(is_server, own, _less_below_the_top, 1)
 
     def finish(got: list[Tensor]) -> list[Tensor]:
         fields = pending.finish(got)
@@ -211,8 +233,25 @@ def _join(is_server: bool, group: Sequence[tuple[Tensor, Tensor | None]]) -> Pen
     return Pending(pending.requests, finish)
 
 
-def _all(bits: list[Tensor]) -> Tensor:
+def _less_below_the_top(bits: list[Tensor]) -> list[Tensor]:
+    """From "less" of all digits but the top, then "equal" of all but the lowest; lowest first."""
+    less, equals = bits[: len(bits) // 2], bits[len(bits) // 2 :]
+    total, above = torch.zeros_like(bits[0]), torch.ones_like(bits[0])
+    for k in reversed(range(len(less))):
+        above = above & equals[k]
+        total = total ^ (above & less[k])
+    return [total]
+
+
+def _less_and_equal(bits: list[Tensor]) -> list[Tensor]:
+    """The same, with "equal" of the lowest digit as the last: also whether all are equal."""
+    (below,) = _less_below_the_top(bits[:-1])
+    (equal,) = _all_of(bits[len(bits) // 2 :])
+    return [below, equal]
+
+
+def _all_of(bits: list[Tensor]) -> list[Tensor]:
     result = bits[0]
     for each in bits[1:]:
         result = result & each
-    return result
+    return [result]

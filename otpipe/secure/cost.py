@@ -124,6 +124,6 @@ def _shape(request: SendCorrelated | SendOneOfMany) -> Shape:
     if isinstance(request, SendCorrelated):
         values = request.correlation
         words = 1 if values.ndim == 1 else values.shape[1]
-        return Shape(True, len(values), 1, words, request.bits)
+        return Shape(True, len(values), request.factor_bits, words, request.bits)
     count, num_messages, words = request.messages.shape
     return Shape(False, count, num_messages.bit_length() - 1, words, request.bits)

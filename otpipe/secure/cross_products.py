@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+import queue
+import threading
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -36,7 +38,7 @@ class CrossProducts:
     Args:
         is_server: which party.
         channel: to the other one.
-        number: of this preparation on the channel, the same at both parties.
+        number: of this preparation of its text, the same at both parties.
     """
 
     def __init__(self, is_server: bool, channel: Channel, number: int) -> None:
@@ -55,7 +57,8 @@ class CrossProducts:
         """Own shares of several products X Y, int64 (m, T) in [0, 2^k) of each plan's set, CPU.
 
         All in one round: the client sends everything, then the server does. So the server works
-        on one product while the client encrypts the next, and holds the answers meanwhile.
+        on one product while the client encrypts the next, and holds the answers meanwhile, and the
+        uploads that it has not worked on.
 
         factors: plans, and of each the own factor, int64 in [0, 2^k): X (m, n) at the server, on
         the device that computes; Y (n, T) at the client, CPU.
@@ -91,28 +94,58 @@ class CrossProducts:
         return self._secrets[params]
 
     def _serve(self, parts: Sequence[tuple[ProductPlan, Piece, Tensor]]) -> list[Tensor]:
+        arrived: queue.SimpleQueue[Tensor | BaseException] = queue.SimpleQueue()
+        plans = [(plan, piece) for plan, piece, _ in parts]
+        threading.Thread(
+            target=self._receive_uploads, args=(plans, arrived), name="uploads", daemon=True
+        ).start()
         held: list[Tensor] = []
         shares = []
         for plan, piece, x_mn in parts:
             self._exchanges += 1
             server = ProductServer(x_mn, plan, piece, self._a_key, self._exchanges)
-            self._receive_upload(plan, piece, server)
+            for at, _ in _upload_blocks(plan, piece):
+                block = arrived.get()
+                if isinstance(block, BaseException):
+                    raise block
+                server.add_block(at, block)
             held += [answers for _, answers in server.answers()]
             shares.append(server.share())
         for answers in held:
             self._channel.send(self._next("products.answers"), answers.reshape(-1).numpy())
         return shares
 
-    def _receive_upload(self, plan: ProductPlan, piece: Piece, server: ProductServer) -> None:
-        params, total = plan.params, piece.packing.num_polynomials(plan.inputs)
-        at, count = 0, 1  # the key comes alone
-        while at < total:
-            shape = (count, params.ring_degree, params.upload_bytes)
-            received = self._channel.receive(self._next("products.upload"), math.prod(shape))
-            server.add_block(at, torch.from_numpy(received.reshape(shape)))
-            at += count
-            count = min(UPLOAD_BLOCK, total - at)
+    def _receive_uploads(
+        self,
+        plans: Sequence[tuple[ProductPlan, Piece]],
+        arrived: queue.SimpleQueue[Tensor | BaseException],
+    ) -> None:
+        """Take all uploads of a round as they come, in a thread of its own.
+
+        A product may take longer to compute than a peer may leave bytes unread. Nothing is sent
+        meanwhile. Ends with the connection.
+        """
+        try:
+            for plan, piece in plans:
+                for _, count in _upload_blocks(plan, piece):
+                    shape = (count, plan.params.ring_degree, plan.params.upload_bytes)
+                    received = self._channel.receive(
+                        self._next("products.upload"), math.prod(shape)
+                    )
+                    arrived.put(torch.from_numpy(received.reshape(shape)))
+        except BaseException as error:
+            arrived.put(error)
 
     def _next(self, kind: str) -> str:
         self._messages += 1
         return f"{kind}@" + self._label.format(self._messages)
+
+
+def _upload_blocks(plan: ProductPlan, piece: Piece) -> Iterator[tuple[int, int]]:
+    """First polynomial and number of the blocks of an upload; the key comes alone."""
+    total = piece.packing.num_polynomials(plan.inputs)
+    at, count = 0, 1
+    while at < total:
+        yield at, count
+        at += count
+        count = min(UPLOAD_BLOCK, total - at)

@@ -210,9 +210,9 @@ class AttentionProducts(Protocol):
 
 
 class ObliviousProducts:
-    """Both products by OT: about 16 KB a score at head size 128, most of a token's traffic.
+    """Both products by OT: about 16 KB a score at head size 128, more than all the rest of a token.
 
-    ``prepared`` has what replaces them where products of masks are prepared ahead of time.
+    The runtime has ``rlwe_products`` instead; plaintext multiplies by these.
     """
 
     def scores(

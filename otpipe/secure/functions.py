@@ -12,13 +12,18 @@ import math
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from otpipe.errors import ParameterError
 from otpipe.secure.operations import SecureOperations
 from otpipe.secure.rounds import Step, together
-from otpipe.secure.shares import Share, concatenate, signed, stack
-from otpipe.secure.tables import Floats, PiecewiseTable, exponential_table, polynomial_table
+from otpipe.secure.shares import Share, concatenate
+from otpipe.secure.tables import (
+    Floats,
+    Intervals,
+    PiecewiseTable,
+    exponential_table,
+    polynomial_table,
+)
 
 ZONE_INDEX_BITS = 8
 
@@ -51,13 +56,13 @@ def silu(ops: SecureOperations, x: Share) -> Step[Share]:
         raise ValueError(f"SiLU of {x!r} has zones coarser than {_FOLD_STEP}; take a smaller ring.")
     top = round(_FOLD_WINDOW[1] * (1 << x.frac))
 
-    def zone_bits(base: Tensor) -> list[Tensor]:
-        value = signed(base, zones.bits)  # x is in [value, value + step)
-        upper = value >= -(step // 2)
-        # The window is open above: x = -top would be folded to its upper end.
-        inside = torch.where(upper, value <= top - step, value > -top)
-        return [upper.to(torch.int64), inside.to(torch.int64)]
-
+    # The lookup sees a value with x in [value, value + step). The window is open above: x = -top
+    # would be folded to its upper end.
+    half = 1 << (zones.bits - 1)
+    upper_from, inside_from = -(step // 2), 1 - top
+    zone_bits = Intervals(
+        zones.bits, ((upper_from, half - upper_from), (inside_from, top - step + 1 - inside_from))
+    )
     upper, inside = yield from ops.lookup(zones, ZONE_INDEX_BITS, zone_bits, (1, 1))
     ramp = yield from ops.select(upper, x, x.bits)
     folded = ramp + ramp - x
@@ -106,12 +111,8 @@ def exp(ops: SecureOperations, x: Share, bits: int) -> Step[Share]:
     the zone lookup is right up to 8; there exp(x) < 1.2e-7.
     Rounds: 2.
     """
-    one = 1 << x.frac
-
-    def zone_bits(base: Tensor) -> list[Tensor]:
-        value = signed(base - one + (1 << (x.bits - 1)), x.bits) + one - (1 << (x.bits - 1))
-        return [(value >= round(_EXP_ZERO_BELOW * one)).to(torch.int64)]
-
+    one, alive_from = 1 << x.frac, round(_EXP_ZERO_BELOW * (1 << x.frac))
+    zone_bits = Intervals(x.bits, ((alive_from, one - alive_from),))
     (alive,), value = yield from together(
         ops.lookup(x, ZONE_INDEX_BITS, zone_bits, (1,)), ops.evaluate(x, _exp_table(x.frac))
     )
@@ -192,39 +193,29 @@ def _by_octave(
             f"A function of {x!r} from 2^{low} units reaches {largest:.3g} units, too large for a "
             f"ring of {bits} bits; take fewer fraction bits."
         )
-    borders = concatenate([ops.add_public(x, -(1 << e))[None] for e in octaves[1:]])
-    lookups = []
+    powers = torch.tensor([1 << e for e in octaves]).view(-1, *([1] * len(x.shape)))
+    every = x.reshape(1, *x.shape)
+    borders = ops.add_public(every.expand(len(octaves) - 1, *x.shape), -powers[1:])
     parities = sorted({(e - x.frac) % 2 if square_root else 0 for e in octaves})
     members = [[e for e in octaves if not square_root or (e - x.frac) % 2 == p] for p in parities]
+    lookups = []
     for parity, group in zip(parities, members, strict=True):
         table = _octave_table(square_root, factor / math.sqrt(2) ** parity)
-        mantissas = []
-        for e in group:
-            mantissas.append((yield from _mantissa(ops, x, e)))
-        lookups.append(ops.evaluate(stack(mantissas), table))
+        # x / 2^e at scale 2^-16 mod 2
+        shifts = [e - _MANTISSA_BITS for e in group]
+        mantissas = ops.shifted(every, shifts, _MANTISSA_BITS + 1).at_frac(_MANTISSA_BITS)
+        lookups.append(ops.evaluate(mantissas, table))
     below, *found = yield from together(ops.is_negative(borders), *lookups)
-    place_of = {e: (found[g], i) for g, group in enumerate(members) for i, e in enumerate(group)}
-    rho = stack([place_of[e][0][place_of[e][1]] for e in octaves])
+    order = [e for group in members for e in group]
+    rho = concatenate(found)[[order.index(e) for e in octaves]]
     last = ops.add_public(Share(torch.zeros_like(below.data[:1]), 1), 1)
     reached = concatenate([below, last])  # x < 2^(e+1)
     before = concatenate([Share(torch.zeros_like(last.data), 1), below])  # x < 2^e
     chosen = yield from ops.select(reached - before, rho, bits + guard, nonnegative=True)
-    total = None
-    for i, scale in enumerate(scales):
-        term = chosen[i].times(1 << (frac + guard + scale - _OCTAVE_FRAC)).at_frac(frac + guard)
-        total = term if total is None else total + term
-    assert total is not None
+    weights = torch.tensor([1 << (frac + guard + scale - _OCTAVE_FRAC) for scale in scales])
+    weights = weights.view(powers.shape).to(ops.device)
+    total = chosen.times(weights).sum(0).at_frac(frac + guard)
     return (yield from ops.rescale(total, guard, bits))
-
-
-def _mantissa(ops: SecureOperations, x: Share, e: int) -> Step[Share]:
-    """x / 2^e at scale 2^-16 mod 2, for the table of an octave; local."""
-    drop = e - _MANTISSA_BITS
-    if drop > 0:
-        short = yield from ops.rescale(x, drop, _MANTISSA_BITS + 1)
-    else:
-        short = x.times(1 << -drop).low_bits(_MANTISSA_BITS + 1)
-    return short.at_frac(_MANTISSA_BITS)
 
 
 @functools.cache

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
+from otpipe.secure.entries import Entries, FunctionEntries, IntervalEntries, RowEntries
 from otpipe.secure.rounds import Step, in_one_round
-from otpipe.secure.shares import Share, random_ring, reduced
-from otpipe.secure.tables import FieldFunction, PiecewiseTable
-from otpipe.secure.transfers import product, table
+from otpipe.secure.shares import Share, reduced
+from otpipe.secure.tables import FieldFunction, Intervals, PiecewiseTable
+from otpipe.secure.transfers import product, random_fields, table
 
 
 def lookup(
@@ -26,16 +24,14 @@ def lookup(
     """See :meth:`otpipe.secure.operations.SecureOperations.lookup`."""
     flat = x.data.reshape(-1)
     low_bits = x.bits - index_bits
+
+    def entries() -> Entries:
+        if isinstance(function, Intervals):
+            return IntervalEntries(flat, 1 << low_bits, x.bits, function.intervals)
+        return FunctionEntries(function, flat, 1 << low_bits, x.bits)
+
     index = flat if is_server else flat >> low_bits
-    (got,) = yield from in_one_round(
-        table(
-            is_server,
-            index,
-            index_bits,
-            field_bits,
-            lambda part: function(_bases(flat[part], x.bits, index_bits)),
-        )
-    )
+    (got,) = yield from in_one_round(table(is_server, index, index_bits, field_bits, entries))
     return [Share(field.view(x.shape), bits) for field, bits in zip(got, field_bits, strict=True)]
 
 
@@ -51,18 +47,17 @@ def evaluate(is_server: bool, x: Share, function: PiecewiseTable) -> Step[Share]
     low_bits = function.window_bits - function.index_bits
     raw_bits, rings = function.raw_bits, function.field_bits
     first = 1 if function.has_intercept else 0
-    if is_server:
-        masks = [random_ring(flat.shape, bits, flat.device) for bits in rings]
-        columns = function.columns(flat.device)
+    masks = random_fields(flat, rings) if is_server else None
+    index = flat if is_server else flat >> low_bits
 
-        def messages(part: slice) -> list[Tensor]:
-            bases = _bases(flat[part], function.window_bits, function.index_bits)
-            return [column[bases] for column in columns]
+    def entries() -> Entries:
+        rows = function.rows(flat.device)
+        return RowEntries(rows, flat, 1 << low_bits, function.window_bits)
 
-        chosen = table(True, flat, function.index_bits, rings, messages, masks)
-        factors = masks[first:]
+    chosen = table(is_server, index, function.index_bits, rings, entries, masks)
+    if masks is not None:
+        factors = list(masks[first:].unbind(0))
     else:
-        chosen = table(False, flat >> low_bits, function.index_bits, rings, _none)
         d = reduced(flat, low_bits)
         factors = [phi[d] for phi in function.basis]
     crosses = [
@@ -80,14 +75,3 @@ def evaluate(is_server: bool, x: Share, function: PiecewiseTable) -> Step[Share]
     # Rounds as rescale does: local, since the high bits of the inner product are not needed.
     out = (raw >> function.raw_drop) + (1 if is_server else 0)
     return Share.of(out.view(x.shape), function.out_bits, function.out_frac)
-
-
-def _bases(x_n: Tensor, bits: int, index_bits: int) -> Tensor:
-    """(n, M): where x may be for each index of the client, less the client's low bits."""
-    steps = torch.arange(1 << index_bits, device=x_n.device) << (bits - index_bits)
-    return reduced(x_n[:, None] + steps, bits)
-
-
-def _none(part: slice) -> list[Tensor]:
-    """The client has no table."""
-    return []

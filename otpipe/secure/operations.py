@@ -7,9 +7,7 @@ Notation: n = bits of the operand's ring, L = ``bits`` = bits of the result's ri
 c = bits the client sends to make one correlated OT (31 with SoftSpokenOT at k = 4). Costs are bits
 for one element in both directions together; ``cost`` computes them from the code, and
 docs/secure_operations.md tabulates them. An OT of b index bits and messages of w bits costs
-b (c + 1) + 2^b w, a correlated OT of w bits c + 1 + w. In products of fewer than 2^16 values, up to
-8 bits of a factor are sent together at the width of the first (``transfers.bit_groups``): up to 3.5
-bits a correlated OT come on top.
+b (c + 1) + 2^b w, a correlated OT of w bits c + 1 + w.
 """
 
 from __future__ import annotations
@@ -62,6 +60,16 @@ class SecureOperations(Protocol):
 
         Raises:
             ValueError: shift is negative or leaves less than 3 bits.
+        """
+
+    def shifted(self, x: Share, shifts: Sequence[int], bits: int) -> Share:
+        """x / 2^shift mod 2^L for each shift, along the first dimension of x, which has size 1.
+
+        As ``rescale`` without high bits: rounded down or up. A negative shift multiplies, exactly.
+        The result has scale 2^0, since its rows differ. Local.
+
+        Raises:
+            ValueError: a shift leaves less than L bits.
         """
 
     def select(

@@ -78,6 +78,10 @@ class Party:
             values = values * 0
         return Share.of(x.data + values, x.bits, x.frac)
 
+    def shifted(self, x: Share, shifts: Sequence[int], bits: int) -> Share:
+        """See ``SecureOperations``."""
+        return resizing.shifted(x, x.data, shifts, bits, up=self.is_server)
+
     def random(self, shape: Sequence[int], bits: int, frac: int = 0) -> Share:
         """See ``SecureOperations``: each party draws its own part."""
         return Share(random_ring(shape, bits, self.device), bits, frac)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from otpipe.secure import resizing
 from otpipe.secure.ring_matmul import ring_matmul
 from otpipe.secure.rounds import Request, Step, drive, immediate
 from otpipe.secure.shares import Share, random_ring, reduced, signed
@@ -50,6 +51,10 @@ class PlainOperations:
         value = x.data if nonnegative else signed(x.data, x.bits)
         half = (1 << shift) >> 1
         return Share.of((value + half) >> shift, bits, x.frac - shift)
+
+    def shifted(self, x: Share, shifts: Sequence[int], bits: int) -> Share:
+        """See ``SecureOperations``; rounds half up."""
+        return resizing.shifted(x, signed(x.data, x.bits), shifts, bits, halves=True)
 
     @immediate
     def select(self, condition: Share, x: Share, bits: int, *, nonnegative: bool = False) -> Share:

@@ -8,11 +8,14 @@ is added to signed values first; the price is one bit of headroom.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from otpipe.secure.entries import Entries, RowEntries, Rows
 from otpipe.secure.rounds import Pending, Step, in_one_round
 from otpipe.secure.shares import Share, reduced
 from otpipe.secure.transfers import bit_times_value, product, table
@@ -60,6 +63,24 @@ def rescale(is_server: bool, x: Share, shift: int, bits: int, nonnegative: bool)
     high, missing = (split.part >> shift) + up, bits - kept
     (nowrap,) = yield from in_one_round(bit_times_value(is_server, split.nowrap, missing))
     return Share.of(high + (nowrap << kept), bits, x.frac - shift)
+
+
+def shifted(
+    x: Share, values: Tensor, shifts: Sequence[int], bits: int, *, up: bool = False,
+    halves: bool = False,
+) -> Share:  # fmt: skip
+    """See :meth:`otpipe.secure.operations.SecureOperations.shifted`.
+
+    values: of x, any representatives. up: one unit more where low bits were dropped, as in
+    ``rescale``; halves: half a unit before they are.
+    """
+    if x.bits - max(shifts) < bits:
+        raise ValueError(f"{max(shifts)} bits cannot be dropped from {x!r} to leave {bits} bits.")
+    added = [(1 << s) >> 1 if halves and s > 0 else 0 for s in shifts]
+    places = [[max(s, 0) for s in shifts], [max(-s, 0) for s in shifts]]
+    table = torch.tensor([*places, added, [int(up and s > 0) for s in shifts]]).to(values.device)
+    down, left, before, after = table.view(4, -1, *([1] * (values.ndim - 1)))
+    return Share.of((((values + before) >> down) << left) + after, bits)
 
 
 def select(
@@ -111,12 +132,18 @@ def chosen(
 
 def _nowrap_and(is_server: bool, nowrap: Tensor, bit: Tensor, bits: int) -> Pending[Tensor]:
     """Shares mod 2^bits of nowrap_s nowrap_c (bit_s xor bit_c): a table of four."""
-    shape, nowrap, bit = nowrap.shape, nowrap.reshape(-1), bit.reshape(-1)
+    own = (nowrap | (bit << 1)).reshape(-1)
 
-    every = torch.arange(4, device=bit.device)
+    def entries() -> Entries:
+        return RowEntries(_nowrap_rows(own.device), own << 2, 1, 4)
 
-    def messages(part: slice) -> list[Tensor]:
-        return [nowrap[part, None] * (every & 1) * (bit[part, None] ^ (every >> 1))]
+    pending = table(is_server, own, 2, (bits,), entries)
+    return Pending(pending.requests, lambda got: pending.finish(got)[0].view(nowrap.shape))
 
-    pending = table(is_server, nowrap | (bit << 1), 2, (bits,), messages)
-    return Pending(pending.requests, lambda got: pending.finish(got)[0].view(shape))
+
+@functools.cache
+def _nowrap_rows(device: torch.device) -> Rows:
+    """nowrap_s nowrap_c (bit_s xor bit_c) at row 4 (nowrap_s + 2 bit_s) + nowrap_c + 2 bit_c."""
+    both = torch.arange(16, device=device)
+    server, client = both >> 2, both & 3
+    return Rows(((server & client & 1) * ((server ^ client) >> 1))[:, None])

@@ -17,7 +17,8 @@ B positions of a block, R = T G rows of a call (T positions), r a row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -81,6 +82,17 @@ class AttentionSizes:
             heads * sum(plan.download_bytes for plan in plans),
         )
 
+    def block_bytes(self, first: int, stop: int) -> int:
+        """Memory of one party for positions first .. stop - 1 of one layer, while they are unused.
+
+        Of int64: masks of queries and weights, both products of masks; masks of the new keys and
+        values, and what will be opened of them.
+        """
+        shapes = self.heads
+        rows = self.group * (stop - first)
+        block = 2 * rows * shapes.head_dim + 2 * rows * stop
+        return 8 * shapes.num_kv_heads * (block + 4 * (stop - first) * shapes.head_dim)
+
     def online_bytes(self, first: int, rows: int) -> int:
         """Payload of both products of one layer in each direction, in two rounds.
 
@@ -112,7 +124,10 @@ class _Block:
 
 @dataclass(eq=False, repr=False)
 class _Layer:
-    """One layer: masks of keys and values (K, P, D), what was opened, how far rows have come."""
+    """One layer: masks of keys and values (K, P, D), what was opened, how far rows have come.
+
+    under_way: messages may have left whose answers did not come.
+    """
 
     key_mask: Tensor
     value_mask: Tensor
@@ -121,6 +136,18 @@ class _Layer:
     blocks: list[_Block] = field(default_factory=list)
     scored: int = 0
     weighed: int = 0
+    under_way: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        """With room for what the masks of keys and values have not opened yet."""
+        masks = self.key_mask.nbytes + self.value_mask.nbytes
+        blocks = (
+            tensor
+            for block in self.blocks
+            for tensor in (block.query, block.weight, block.scores, block.context)
+        )
+        return 2 * masks + sum(tensor.nbytes for tensor in blocks)
 
 
 class PreparedProducts:
@@ -128,7 +155,8 @@ class PreparedProducts:
 
     Both parties make one, prepare the same blocks, and run the same programs. Positions are those
     of the text from 0; every position is queried once in every layer, in order, as the decoder
-    does. After an error in a pass or a preparation the object is worthless, as the cache is.
+    does. After an error in a pass or a preparation the object is worthless, as the cache is, and
+    says so: a mask may have left.
 
     Entries that a row must not see (positions after its own) are 0 in the scores, and must be 0 in
     both parties' weights.
@@ -170,6 +198,16 @@ class PreparedProducts:
         """Positions that a text may have so far."""
         return self._prepared
 
+    @property
+    def is_used(self) -> bool:
+        """Whether a mask has opened something: the text has begun, and no other may."""
+        return any(state.scored or state.weighed for state in self._layers.values())
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of all masks and products, and of what key and value masks will have opened."""
+        return sum(state.num_bytes for state in self._layers.values())
+
     # --- ahead of time --------------------------------------------------------------------------
 
     def prepare(self, num_positions: int) -> None:
@@ -179,16 +217,18 @@ class PreparedProducts:
 
         Raises:
             ParameterError: so many positions at once would tell too much, or a side is too long.
+            UsageError: a pass or preparation before ended in an error.
             ProtocolError, ConnectionLost: as the channel.
         """
         first, stop = self._prepared, self._prepared + num_positions
         plans = self._sizes.plans(first, stop)
         count = len(self._layers) * self._sizes.heads.num_kv_heads
         check_preparation((plan, count) for plan in plans)
-        cross = CrossProducts(self._is_server, self._channel, self._preparations)
-        self._preparations += 1
-        for layer in self._layers.values():
-            self._prepare_layer(layer, cross, first, stop)
+        with self._exchange(*self._layers.values()):
+            cross = CrossProducts(self._is_server, self._channel, self._preparations)
+            self._preparations += 1
+            for layer in self._layers.values():
+                self._prepare_layer(layer, cross, first, stop)
         self._prepared = stop
 
     def _prepare_layer(self, layer: _Layer, cross: CrossProducts, first: int, stop: int) -> None:
@@ -226,7 +266,8 @@ class PreparedProducts:
         """See ``AttentionProducts``; 0 for positions after a row's own. 1 round.
 
         Raises:
-            UsageError: the text is longer than what was prepared.
+            UsageError: the text is longer than what was prepared, or a pass or preparation before
+                ended in an error.
             ValueError: rows or rings are not those of the next positions.
         """
         self._check(bits, self._sizes.score_bits, q_KRD, keys_KPD)
@@ -236,10 +277,11 @@ class PreparedProducts:
         parts = self._parts(state, first, stop)
         mask = torch.cat([block.query[:, rows] for block, rows in parts], 1)
         known = state.keys.shape[1]
-        q, new = yield from self._open(
-            ops, bits, (q_KRD, mask), (keys_KPD[:, known:], state.key_mask[:, known:P])
-        )
-        state.keys = torch.cat([state.keys, new], 1)
+        with self._exchange(state):
+            q, new = yield from self._open(
+                ops, bits, (q_KRD, mask), (keys_KPD[:, known:], state.key_mask[:, known:P])
+            )
+            state.keys = torch.cat([state.keys, new], 1)
         prepared = torch.cat([_padded(block.scores[:, rows, :P], P) for block, rows in parts], 1)
         total = prepared + self._local(q, mask, state.keys, state.key_mask[:, :P], bits, turn=True)
         seen = torch.where(self._visible(first, stop, P), total, 0)
@@ -252,7 +294,8 @@ class PreparedProducts:
         """See ``AttentionProducts``. 1 round.
 
         Raises:
-            UsageError: the text is longer than what was prepared.
+            UsageError: the text is longer than what was prepared, or a pass or preparation before
+                ended in an error.
             ValueError: rows or rings are not those of the next positions.
         """
         self._check(bits, self._sizes.context_bits, weights_KRP, values_KPD)
@@ -263,13 +306,14 @@ class PreparedProducts:
         mask = torch.cat([_padded(block.weight[:, rows, :P], P) for block, rows in parts], 1)
         known, seen_RP = state.values.shape[1], self._visible(first, stop, P)
         seen = Share(weights_KRP.data[:, seen_RP], bits)
-        w, new = yield from self._open(
-            ops,
-            bits,
-            (seen, mask[:, seen_RP]),
-            (values_KPD[:, known:], state.value_mask[:, known:P]),
-        )
-        state.values = torch.cat([state.values, new], 1)
+        with self._exchange(state):
+            w, new = yield from self._open(
+                ops,
+                bits,
+                (seen, mask[:, seen_RP]),
+                (values_KPD[:, known:], state.value_mask[:, known:P]),
+            )
+            state.values = torch.cat([state.values, new], 1)
         opened = torch.zeros_like(mask)
         opened[:, seen_RP] = w
         prepared = torch.cat([block.context[:, rows] for block, rows in parts], 1)
@@ -297,6 +341,21 @@ class PreparedProducts:
         return ring_matmul(x, second, bits) + ring_matmul(a, y, bits)
 
     # --- bookkeeping ----------------------------------------------------------------------------
+
+    @contextmanager
+    def _exchange(self, *layers: _Layer) -> Iterator[None]:
+        """Messages under masks of these layers; if it does not end, there are no more of them."""
+        if any(layer.under_way for layer in layers):
+            raise UsageError(
+                "A pass or preparation of this text ended in an error, and its masks may have been "
+                "used; start the text again with new products."
+            )
+        for layer in layers:
+            layer.under_way = True
+        yield
+        # Not after an error: the keys and values of that round would open under the same masks.
+        for layer in layers:
+            layer.under_way = False
 
     def _rows(self, done: int, num_rows: int, num_positions: int) -> tuple[int, int]:
         """Positions of the next rows."""

@@ -11,7 +11,7 @@ share with one bit is a bit shared by exclusive or, which is addition mod 2.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -116,24 +116,24 @@ class Share:
 
     def at_frac(self, frac: int) -> Share:
         """The same integers read at another scale: the real numbers change by a power of two."""
-        return replace(self, frac=frac)
+        return Share(self.data, self.bits, frac)
 
     # --- shape ----------------------------------------------------------------------------------
 
     def __getitem__(self, index: Any) -> Share:
-        return replace(self, data=self.data[index])
+        return Share(self.data[index], self.bits, self.frac)
 
     def reshape(self, *shape: int) -> Share:
         """As ``Tensor.reshape``."""
-        return replace(self, data=self.data.reshape(*shape))
+        return Share(self.data.reshape(*shape), self.bits, self.frac)
 
     def transpose(self, dim0: int, dim1: int) -> Share:
         """As ``Tensor.transpose``."""
-        return replace(self, data=self.data.transpose(dim0, dim1))
+        return Share(self.data.transpose(dim0, dim1), self.bits, self.frac)
 
     def expand(self, *shape: int) -> Share:
         """As ``Tensor.expand``: copies of the same secret, which share its randomness."""
-        return replace(self, data=self.data.expand(*shape))
+        return Share(self.data.expand(*shape), self.bits, self.frac)
 
     def _require_like(self, other: Share) -> None:
         if (self.bits, self.frac) != (other.bits, other.frac):
@@ -146,11 +146,11 @@ def concatenate(shares: Sequence[Share], dim: int = 0) -> Share:
     """Shares of one ring and scale, one after the other along ``dim``."""
     for share in shares[1:]:
         shares[0]._require_like(share)
-    return replace(shares[0], data=torch.cat([share.data for share in shares], dim))
+    return Share(torch.cat([share.data for share in shares], dim), shares[0].bits, shares[0].frac)
 
 
 def stack(shares: Sequence[Share], dim: int = 0) -> Share:
     """Shares of one ring, scale and shape along a new dimension."""
     for share in shares[1:]:
         shares[0]._require_like(share)
-    return replace(shares[0], data=torch.stack([share.data for share in shares], dim))
+    return Share(torch.stack([share.data for share in shares], dim), shares[0].bits, shares[0].frac)

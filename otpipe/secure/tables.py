@@ -23,9 +23,28 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from otpipe.secure.entries import Rows, in_intervals
+
 Floats = NDArray[np.float64]
 FieldFunction = Callable[[Tensor], list[Tensor]]
 """From int64 values of x, in [0, 2^bits), to one int64 tensor a field."""
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Whether a number lies in each of some intervals: a ``FieldFunction`` of one-bit fields.
+
+    Attributes:
+        bits: x is a number mod 2^bits.
+        intervals: (low, size) of each; x is inside if (x - low) mod 2^bits < size.
+    """
+
+    bits: int
+    intervals: tuple[tuple[int, int], ...]
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """int64 0 or 1 for each interval."""
+        return in_intervals(x, self.bits, self.intervals)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -75,15 +94,14 @@ class PiecewiseTable:
         return intercept + (self.raw_bits,) * len(self.basis_bits)
 
     @cached_property
-    def _columns(self) -> dict[torch.device, list[Tensor]]:
+    def _rows(self) -> dict[torch.device, Rows]:
         return {}
 
-    def columns(self, device: torch.device) -> list[Tensor]:
-        """The coefficients' columns on a device, copied there once."""
-        if device not in self._columns:
-            whole = self.coefficients.to(device)
-            self._columns[device] = [column.contiguous() for column in whole.unbind(1)]
-        return self._columns[device]
+    def rows(self, device: torch.device) -> Rows:
+        """The coefficients on a device, copied there once."""
+        if device not in self._rows:
+            self._rows[device] = Rows(self.coefficients.to(device))
+        return self._rows[device]
 
     @cached_property
     def error(self) -> float:

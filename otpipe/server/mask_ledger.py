@@ -26,6 +26,10 @@ from otpipe.protocol.private_messages import SlotSpan
 MAX_BATCHES = 4096
 """Batches that one rank remembers; beyond that it forgets the one that was not used the longest."""
 
+MAX_INCOMPLETE = 256
+"""Batches of which some maps are not exchanged yet: cheap to begin, so they have a limit of their
+own and never push out those that were prepared whole."""
+
 MAX_AGE_S = 7 * 86400.0
 """A batch that nobody has used for so long is forgotten."""
 
@@ -84,11 +88,12 @@ class MaskLedger:
         """
         now_s = self._clock()
         with self._lock:
-            self._make_room(exchange.batch_id, now_s)
             batch = self._batches.setdefault(exchange.batch_id, _Batch(exchange.num_slots, now_s))
             _check_unused(batch, exchange.num_slots)
             batch.keys[exchange.map_index] = exchange.key
             self._touch(exchange.batch_id, batch, now_s)
+            self._limit_incomplete()
+            self._make_room(now_s)
 
     def draw(self, spans: Sequence[SlotSpan]) -> PassMasks:
         """The masks of a pass over these slots, which are answered from now on.
@@ -101,7 +106,7 @@ class MaskLedger:
         with self._lock:
             for span in spans:
                 batch = self._batches.get(span.batch)
-                if batch is None or batch.keys.keys() != self._out_features.keys():
+                if batch is None or not self._complete(batch):
                     raise ProtocolError(
                         "this server does not hold the masks of these slots: it was restarted, or "
                         "forgot them after a long time; prepare new slots"
@@ -124,14 +129,22 @@ class MaskLedger:
         batch.last_used_s = now_s
         self._batches.move_to_end(batch_id)
 
-    def _make_room(self, batch_id: bytes, now_s: float) -> None:
-        """Forget what is too old, and what is too much if one more batch comes."""
-        most = MAX_BATCHES - (batch_id not in self._batches)
+    def _make_room(self, now_s: float) -> None:
+        """Forget what is too old, and what is too much."""
         while self._batches:
             oldest_id, oldest = next(iter(self._batches.items()))
-            if len(self._batches) <= most and now_s - oldest.last_used_s < MAX_AGE_S:
+            if len(self._batches) <= MAX_BATCHES and now_s - oldest.last_used_s < MAX_AGE_S:
                 return
             del self._batches[oldest_id]
+
+    def _limit_incomplete(self) -> None:
+        """Forget the incomplete batches that nobody has gone on with for the longest."""
+        incomplete = [i for i, batch in self._batches.items() if not self._complete(batch)]
+        for batch_id in incomplete[: max(0, len(incomplete) - MAX_INCOMPLETE)]:
+            del self._batches[batch_id]
+
+    def _complete(self, batch: _Batch) -> bool:
+        return batch.keys.keys() == self._out_features.keys()
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,9 @@ class PrivateClientSession:
             relay(self._connection.release(), self._service.connect_rank(rank))
         except OtpipeError as error:
             log.warning("client could not be connected to rank %d: %s", rank, error)
-            self._refuse(str(error))
+            # Where the rank listens is told to the log alone.
+            inner = isinstance(error, RankDied)
+            self._refuse(f"rank {rank} does not answer; try again later" if inner else str(error))
 
     def _refuse(self, text: str) -> None:
         try:

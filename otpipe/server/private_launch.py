@@ -129,6 +129,10 @@ def _take_over(
         transport.take_over(peer, rank.deliver)
     except RankDied as error:
         on_rank_died(error)
+    except Exception as error:
+        # Without this thread every pass would wait in vain for shares of that rank.
+        log.exception("rank %d could not take a share of rank %d", rank.rank, peer)
+        on_rank_died(RankDied(f"rank {rank.rank} died: {error!r}"))
 
 
 def _open_port(plan: PrivatePlan, rank: PrivateRank, store: dist.Store, token: bytes) -> None:

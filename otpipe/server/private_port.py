@@ -67,7 +67,13 @@ class RankPort:
                 continue
             with self._lock:
                 self._sockets.add(sock)
-            threading.Thread(target=self._run, args=(sock,), name="relayed", daemon=True).start()
+            try:
+                threading.Thread(
+                    target=self._run, args=(sock,), name="relayed", daemon=True
+                ).start()
+            except RuntimeError as error:
+                log.warning("no thread for a relayed client: %s", error)
+                self._forget(sock)
 
     def _run(self, sock: socket.socket) -> None:
         try:
@@ -80,9 +86,14 @@ class RankPort:
         except (ConnectionLost, OSError) as error:
             log.info("relayed client left: %s", error)
         finally:
-            with self._lock:
-                self._sockets.discard(sock)
             self._linger(sock)
+            self._forget(sock)
+
+    def _forget(self, sock: socket.socket) -> None:
+        with self._lock:
+            self._sockets.discard(sock)
+        with contextlib.suppress(OSError):
+            sock.close()
 
     @staticmethod
     def _linger(sock: socket.socket) -> None:
@@ -93,8 +104,6 @@ class RankPort:
             sock.settimeout(LINGER_S)
             while time.monotonic() < deadline and sock.recv(1 << 16):
                 pass
-        with contextlib.suppress(OSError):
-            sock.close()
 
     def close(self) -> None:
         """Stop listening and end every session."""

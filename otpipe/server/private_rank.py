@@ -21,16 +21,20 @@ from otpipe.pipeline.jobs import JobHeader, Op
 from otpipe.pipeline.placement import GATEWAY_RANK, Placement
 from otpipe.pipeline.residuals import Mailbox, ShareKey
 from otpipe.server.mask_ledger import MaskLedger
+from otpipe.server.memory_budget import MemoryBudget
 from otpipe.server.service import Audit
 from otpipe.server.turns import Turns
 
 PARAMS: PrivateParams = PRIVATE_PARAMS["private44"]
 
 MAX_EXCHANGES_PER_RANK = 2
-"""Exchanges that may hold memory on one rank at a time; further ones wait."""
+"""Exchanges and preparations that may hold memory on one rank at a time; further ones wait."""
 
 MAX_PASSES_AT_ONCE = 1
 """Over all ranks: the tables of one pass may fill a device's memory."""
+
+MAX_PRODUCT_BYTES = 8 << 30
+"""Of attention products that the texts on one rank have prepared and not used yet."""
 
 SHARE_BYTES = -(-RING_BITS // 8)
 _SESSION = struct.Struct("<qq")
@@ -43,8 +47,10 @@ class PrivateRank:
     """One rank's weights, masks and place in the pipeline. Thread-safe.
 
     Attributes:
-        ole_turns: places for exchanges on this rank.
+        ole_turns: places for exchanges, and for preparations of attention products, on this rank.
         pass_turns: places for passes over all ranks; the gateway's count.
+        product_memory: of prepared attention products.
+        layers: the decoder layers that this rank runs.
     """
 
     def __init__(
@@ -78,12 +84,18 @@ class PrivateRank:
         self.mailbox = Mailbox()
         self.ole_turns = Turns(MAX_EXCHANGES_PER_RANK)
         self.pass_turns = Turns(MAX_PASSES_AT_ONCE)
+        self.product_memory = MemoryBudget(MAX_PRODUCT_BYTES)
         self.on_device_lost = on_device_lost
         self._hand_over = hand_over
         self._audit = audit
         self._stages = stages(description.spec)
         self._owners = tuple(
             placement.owner_of_map[stage.map_indices(description.spec)[0]] for stage in self._stages
+        )
+        self.layers = tuple(
+            stage.layer
+            for stage, owner in zip(self._stages, self._owners, strict=True)
+            if stage.layer is not None and owner == rank
         )
         self._current = threading.local()
 

@@ -1,22 +1,24 @@
 """One client's connection to one rank with private weights: every arriving frame is checked.
 
 States: *attached* -MASKED_BEGIN-> *queued* -OLE_READY-> *uploading* -last block-> answers, and
-back; or -JOIN-> OT setup -> *joined*, in which passes follow each other. Whatever goes wrong ends
-the connection, and with it the shares that the rank holds for it.
+back; or -JOIN-> OT setup -> *joined*, in which preparations of attention products and passes follow
+each other. Whatever goes wrong ends the connection, and with it the shares and masks that the rank
+holds for it.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from otpipe.errors import ConnectionLost, OtpipeError, ProtocolError, RankDied
-from otpipe.model.private_maps import ServerMaps
+from otpipe.model.private_maps import Masks, ServerMaps
 from otpipe.model.private_program import Runner, Stage
-from otpipe.ot import OtSender
+from otpipe.ot import OtSender, Stock
 from otpipe.protocol.messages import Error, MessageType, Ping, Pong, send_message
 from otpipe.protocol.private_messages import (
     LOGITS_FOR,
@@ -29,24 +31,39 @@ from otpipe.protocol.private_messages import (
     Pass,
     PassDone,
     PassReady,
+    Prepare,
+    PrepareReady,
     parse_spans,
     spans_bytes,
 )
-from otpipe.protocol.wire import FrameConnection, Header, IdlePeer
+from otpipe.protocol.wire import MIN_BYTES_PER_S, FrameConnection, Header, IdlePeer
 from otpipe.protocol.wire_channel import SilentPeer, WireChannel, peer_error
-from otpipe.secure.decoder import ShareCache
 from otpipe.secure.party import Party
 from otpipe.server.private_exchange import serve_exchange
 from otpipe.server.private_rank import PrivateRank
+from otpipe.server.session_text import SessionText
 
 log = logging.getLogger("otpipe.server")
 
 SILENCE_S = 120.0
-"""How long a client may compute between two messages of a pass. One that is gone shows at once,
-or within seconds, since its connection ends."""
+"""How long a client may compute between two messages. One that is gone shows at once, or within
+seconds, since its connection ends."""
+
+PREPARE_SLACK_S = 60.0
+"""Waiting that a preparation of any size may cost the server, beyond what its bytes take."""
 
 PASS_S = 600.0
 """How long a pass may take on other ranks while this one waits."""
+
+
+@dataclass
+class _Joined:
+    """What lives as long as a session does."""
+
+    channel: WireChannel
+    party: Party
+    stock: Stock
+    text: SessionText
 
 
 class RankSession:
@@ -65,8 +82,7 @@ class RankSession:
         self._rank = rank
         self._idle_timeout_s = idle_timeout_s
         self._session = b""
-        self._party: Party | None = None
-        self._cache: ShareCache | None = None
+        self._state: _Joined | None = None
         self._passes = 0
 
     def run(self) -> None:
@@ -98,7 +114,9 @@ class RankSession:
             log.exception("a client's session ended on an internal error")
             self._refuse("the server failed on an internal error; its log says more")
         finally:
-            self._party = self._cache = None
+            if self._state is not None:
+                self._state.text.close()
+            self._state = None
             if self._session:
                 self._rank.mailbox.close(self._session)
 
@@ -122,6 +140,10 @@ class RankSession:
                 join = Join.parse(header)
                 self._no_payload(announced)
                 self._join(join)
+            case MessageType.PREPARE if self._session:
+                preparation = Prepare.parse(header)
+                self._no_payload(announced)
+                self._prepare(preparation)
             case MessageType.PASS if self._session:
                 self._pass(Pass.parse(header), announced)
             case MessageType.ERROR:
@@ -152,7 +174,21 @@ class RankSession:
         channel = WireChannel(self._connection, "client", SILENCE_S, self._rank.audit)
         sender = OtSender(channel, self._rank.device)
         sender.setup()
-        self._party = Party("server", sender, channel, self._rank.device)
+        party = Party("server", sender, channel, self._rank.device)
+        text = SessionText(self._rank, session, channel)
+        self._state = _Joined(channel, party, Stock(sender), text)
+
+    def _prepare(self, request: Prepare) -> None:
+        """The next attention products. No other rank is waited for: no turn of a pass is held."""
+        if not self._rank.ole_turns.take(self._connection.peer_has_left):
+            raise ConnectionLost("it did not wait for its turn to prepare")
+        try:
+            upload = self._joined.text.begin_preparation(request)
+            send_message(self._connection, PrepareReady(request.first))
+            with self._joined.channel.at_a_pace(PREPARE_SLACK_S + upload / MIN_BYTES_PER_S):
+                self._joined.text.products.prepare(request.count)
+        finally:
+            self._rank.ole_turns.give_back()
 
     def _pass(self, request: Pass, announced: int) -> None:
         payload = self._connection.receive_payload(announced, spans_bytes(request))
@@ -161,14 +197,14 @@ class RankSession:
         rank = self._rank
         if not rank.is_gateway:
             masks = rank.ledger.draw(spans)
-            self._run(request, ServerMaps(self._ops, rank.description, rank.weights, masks))
+            self._run(request, masks)
             return
         if not rank.pass_turns.take(self._connection.peer_has_left):
             raise ConnectionLost("it did not wait for its turn")
         try:
             masks = rank.ledger.draw(spans)
             send_message(self._connection, PassReady(request.number))
-            self._run(request, ServerMaps(self._ops, rank.description, rank.weights, masks))
+            self._run(request, masks)
             self._wait_for_end(request)
         finally:
             rank.pass_turns.give_back()
@@ -183,24 +219,17 @@ class RankSession:
             )
         if request.logits_for >= len(LOGITS_FOR):
             raise ProtocolError(f"a pass asked for logits of kind {request.logits_for}")
-        if request.position == 0 or self._cache is None:
-            self._cache = self._rank.program.new_cache()
-        if request.position != self._cache.length:
-            raise ProtocolError(
-                f"a pass begins at position {request.position} and this session's text has "
-                f"{self._cache.length}; begin a new text"
-            )
-        self._rank.program.check_rows(request.rows, request.position)
+        self._joined.text.begin_pass(request)
         self._passes += 1
 
     @property
-    def _ops(self) -> Party:
-        assert self._party is not None, "passes come after JOIN"
-        return self._party
+    def _joined(self) -> _Joined:
+        assert self._state is not None, "a session begins with JOIN"
+        return self._state
 
-    def _run(self, request: Pass, maps: ServerMaps) -> None:
-        assert self._cache is not None
-        rank = self._rank
+    def _run(self, request: Pass, masks: Masks) -> None:
+        rank, joined = self._rank, self._joined
+        maps = ServerMaps(joined.party, rank.description, rank.weights, masks)
 
         def receive(stage: Stage) -> Tensor:
             key = rank.key(self._session, request.number, stage)
@@ -216,15 +245,18 @@ class RankSession:
         def send(stage: Stage, share_TH: Tensor) -> None:
             rank.send_share(rank.key(self._session, request.number, stage), share_TH)
 
+        joined.stock.fill(request.rows)
         rank.program.serve(
-            Runner(self._ops, maps),
-            self._cache,
+            Runner(joined.party, maps, joined.text.products),
+            joined.text.cache,
             rank.owns,
             request.rows,
             LOGITS_FOR[request.logits_for],  # type: ignore[arg-type]
             receive,
             send,
         )
+        joined.stock.note(request.rows)
+        joined.text.end_pass()
 
     def _wait_for_end(self, request: Pass) -> None:
         """Hold the turn until the client has come to the end of its pass on all ranks."""

@@ -40,7 +40,7 @@ def test_operations(a: list[int], b: list[int], bits: int) -> None:
     assert numbers(wide.add_(x.clone(), y)) == [
         (n + k) % MODULUS for n, k in zip(a, b, strict=True)
     ]
-    dropped = 65 + bits % 63
+    dropped = 64 + bits % 64
     rounded = [((n + (1 << (dropped - 1))) >> dropped) for n in a]
     mask = (1 << (128 - dropped)) - 1
     got = [value & mask for value in wide.rounded_down(x, dropped).tolist()]

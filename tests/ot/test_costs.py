@@ -78,6 +78,7 @@ def test_messages_are_bounded_and_cover_everything() -> None:
         Shape(False, 0, 8, 1, 64),
         Shape(False, 100_001, 8, 2, 37),
         Shape(False, 17, 8, 256, 64),
+        Shape(True, 100_001, 46, 3, 46),
         Shape(True, 5, 1, 1, 1),
     ]
     messages = answer_messages(shapes)
@@ -119,6 +120,7 @@ def test_documented_parameter_sets(params: OtParams) -> None:
     [
         ("correlated, 44 bits", Shape(True, 1, 1, 1, 44)),
         ("correlated row, 128 words of 44 bits", Shape(True, 1, 1, 128, 44)),
+        ("product, 22 bits of a factor, 40 bits", Shape(True, 1, 22, 1, 40)),
         ("chosen, 1 bit", Shape(False, 1, 1, 1, 1)),
         ("one of 16, 2 bits", Shape(False, 1, 4, 1, 2)),
         ("one of 256, 37 bits", Shape(False, 1, 8, 1, 37)),

@@ -7,6 +7,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from asked import MIXED, Asked, cpu_math, device_math
 from ot_helpers import both, make_pair, random_choices, random_values, reduced
 
 from otpipe.kernels.aes_planes import expand_keys, key_planes
@@ -23,6 +24,7 @@ from otpipe.ot.extension import TreeLayout, correction_bytes
 from otpipe.ot.handshake import SenderSecrets
 from otpipe.ot.pads import TweakLedger, blocks_per_pad
 from otpipe.ot.params import OT_PARAMS
+from otpipe.ot.plan import Shape
 from otpipe.ot.sender_cpu import CpuSenderMath
 from otpipe.ot.sender_device import DeviceSenderMath
 
@@ -56,38 +58,26 @@ def test_extension(params: OtParams, count: int) -> None:
     assert torch.equal(cuda.cots(first, count, corrections).cpu(), want)
 
 
-@pytest.mark.parametrize(
-    ("n", "index_bits", "words", "bits"),
-    [
-        (1, 1, 1, 1),
-        (777, 1, 1, 1),
-        (777, 1, 3, 37),
-        (100, 2, 1, 64),
-        (70, 8, 2, 44),
-        (40, 5, 7, 64),
-        (33, 3, 1, 13),
-        (5, 1, 256, 64),
-        (20_000, 4, 1, 2),
-        (10_000, 8, 1, 37),
-    ],
-)
-def test_masks(n: int, index_bits: int, words: int, bits: int) -> None:
-    cpu, cuda = maths(OtParams("short epochs", 4, log2_epoch=12))
-    first = (1 << 39) - 100
-    keys = random_values((n * index_bits, 2))
-    flips = random_choices(n, index_bits).numpy()
-    messages = random_values((n, 1 << index_bits, words))
+@pytest.mark.parametrize("shapes", [
+    *MIXED,
+    [Shape(False, 5, 1, 256, 64), Shape(False, 20_000, 4, 1, 2), Shape(True, 777, 1, 1, 1)],
+    [Shape(False, 10_000, 8, 1, 37), Shape(True, 20_000, 22, 1, 40), Shape(False, 33, 3, 1, 13)],
+    [Shape(True, 1, 64, 1, 64), Shape(True, 2, 1, 256, 64), Shape(True, 100, 46, 64, 47)],
+])  # fmt: skip
+def test_answers(shapes: list[Shape]) -> None:
+    asked = Asked.of(shapes)
+    want, got = asked.answered(cpu_math()), asked.answered(device_math("cuda"), "cuda")
+    assert np.array_equal(got.packed, want.packed)
+    for result, wanted in zip(got.results, want.results, strict=True):
+        assert (result is None) == (wanted is None)
+        assert result is None or wanted is None or torch.equal(result, wanted)
 
-    def run(math: CpuSenderMath | DeviceSenderMath, device: torch.device) -> list[torch.Tensor]:
-        own, sent = keys.to(device), messages.to(device)
-        packed = math.mask_messages(own, first, index_bits, flips, sent, bits)
-        second = first + n * index_bits
-        x, answer = math.mask_correlated(own[:n], second, flips & 1, sent[:, 0], bits)
-        m0, m1 = math.random_pairs(own[:n], second + n, bits)
-        return [torch.from_numpy(packed), x.cpu(), torch.from_numpy(answer), m0.cpu(), m1.cpu()]
 
-    for got, want in zip(run(cuda, CUDA), run(cpu, torch.device("cpu")), strict=True):
-        assert torch.equal(got, want)
+def test_random_messages() -> None:
+    keys = random_values((5000, 2))
+    want = cpu_math().random_pairs(keys, 3000, 37)
+    got = device_math("cuda").random_pairs(keys.to(CUDA), 3000, 37)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(got, want, strict=True))
 
 
 def test_triton_passes_equal_their_twins() -> None:
@@ -96,7 +86,7 @@ def test_triton_passes_equal_their_twins() -> None:
     bases, offsets = (random_values((n, 2)).view(torch.int32).to(CUDA) for n in (50, 8))
     keys = expand_keys(np.frombuffer(os.urandom(16), np.uint8)[None])
     planes = torch.from_numpy(key_planes(keys)[0]).contiguous().to(CUDA)
-    flips = random_choices(50, 3).to(CUDA)
+    flips = random_choices(50, 3).long().to(CUDA)
     arguments = (bases, offsets, planes, (1 << 40) - 60, 3, flips, blocks_per_pad(3, 64))
     assert torch.equal(triton_ops.hash_all(*arguments), torch_ops.hash_all(*arguments))
     rows = random_values((128, 80)).view(torch.int32).to(CUDA)
@@ -104,6 +94,10 @@ def test_triton_passes_equal_their_twins() -> None:
     for words, bits in ((1, 1), (2, 64), (3, 43), (5, 37), (128, 1), (16, 8), (256, 64)):
         pads = random_values((999, 2 * blocks_per_pad(words, bits))).to(CUDA)
         got, want = (ops.pad_words(pads, words, bits) for ops in (triton_ops, torch_ops))
+        assert torch.equal(got, want)
+    for index_bits in range(1, 9):
+        own = random_values((77 * index_bits, 2)).to(CUDA)
+        got, want = (ops.combined(own, index_bits) for ops in (triton_ops, torch_ops))
         assert torch.equal(got, want)
     for bits in range(1, 65):
         values = random_values((1001,), bits).to(CUDA)

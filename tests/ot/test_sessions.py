@@ -245,8 +245,8 @@ def test_a_party_without_aes_instructions_meets_one_with(monkeypatch: pytest.Mon
         original = getattr(receiver, name)
         monkeypatch.setattr(receiver, name, functools.partial(original, native=False))
     pair = make_pair()
-    assert not pair.receiver._masks._hash._native  # type: ignore[union-attr]
-    assert pair.sender._math._masks._hash._native  # type: ignore[union-attr]
+    assert not pair.receiver._masks._hash.native  # type: ignore[union-attr]
+    assert pair.sender._math._masks._hash.native  # type: ignore[union-attr]
     check_correlated(pair, random_values((100, 9), 64), random_choices(100), 64)
     check_one_of_many(pair, random_values((30, 64), 50), random_choices(30, 6), 50)
 

@@ -210,6 +210,7 @@ PRIVATE_MODE = {
     MessageType.PASS_DONE,
     MessageType.MASKED_BEGIN,
     MessageType.CHANNEL,
+    MessageType.PREPARE,
 }
 """Never sent with public weights; ``tests/private`` has the tests of their contents."""
 

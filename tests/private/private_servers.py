@@ -123,6 +123,7 @@ def assert_nothing_is_left(server: PrivateServer) -> None:
     for rank in server.ranks:
         assert eventually(lambda rank=rank: not rank.mailbox._open)  # type: ignore[misc]
         assert rank.ole_turns.free == MAX_EXCHANGES_PER_RANK
+        assert eventually(lambda rank=rank: not rank.product_memory.held_bytes)  # type: ignore[misc]
         assert rank.pass_turns.free == MAX_PASSES_AT_ONCE
         assert not rank.ole_turns.waiting
         assert not rank.pass_turns.waiting

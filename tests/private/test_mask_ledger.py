@@ -130,6 +130,20 @@ def test_old_batches_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(ledger) == 1
 
 
+def test_batches_begun_never_push_out_complete_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One small exchange is cheap: a client that begins thousands of batches harms itself alone."""
+    monkeypatch.setattr(mask_ledger, "MAX_BATCHES", 6)
+    monkeypatch.setattr(mask_ledger, "MAX_INCOMPLETE", 3)
+    ledger = new_ledger()
+    prepared(ledger)
+    for number in range(20):
+        ledger.finish(ledger.new_exchange(bytes([number]) * 16, 3, 16))
+    assert len(ledger) == 1 + 3
+    ledger.draw([SlotSpan(BATCH, 0, 1)])
+    ledger.finish(ledger.new_exchange(bytes([19]) * 16, 4, 16))
+    ledger.draw([SlotSpan(bytes([19]) * 16, 0, 1)])
+
+
 def test_keys_are_not_printed() -> None:
     ledger = new_ledger()
     exchange = ledger.new_exchange(BATCH, 3, 16)

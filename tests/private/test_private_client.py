@@ -23,6 +23,7 @@ from torch import Tensor
 from otpipe import Client
 from otpipe.client.link import LinkOptions, ServerAddress
 from otpipe.client.private_mode import PrivateMode
+from otpipe.client.private_session import PRODUCTS_AHEAD
 from otpipe.errors import (
     ConnectionLost,
     FingerprintMismatch,
@@ -76,13 +77,15 @@ def test_generates_what_the_program_computes_in_plaintext(
     assert generation is not None
     operations = generation.to_dict()["operations"]
     assert isinstance(operations, dict)
-    parts = {"embed", "linear", "rms_norm", "attention", "swiglu", "logits"}
-    assert set(operations) == {"setup", "turn"} | parts
+    parts = {"COTs", "embed", "linear", "rms_norm", "attention", "swiglu", "logits"}
+    assert set(operations) == {"setup", "turn", "COTs", PRODUCTS_AHEAD} | parts
     for name in ("embed", "linear"):
         assert operations[name]["bytes_received"] == operations[name]["rounds"] == 0, "one message"
+    ahead = operations.pop(PRODUCTS_AHEAD)
     assert generation.stats.round_trips == sum(each["rounds"] for each in operations.values()) > 0
     for name in ("bytes_sent", "bytes_received"):
         assert getattr(generation.stats, name) == sum(each[name] for each in operations.values())
+    assert generation.stats.prepare_s == ahead["seconds"]
     assert generation.stats.slots_used == len(PROMPT) + 2
 
 
@@ -211,6 +214,7 @@ def test_a_client_that_leaves_in_a_pass_gives_up_its_turn(
         Client(proxy.address, tmp_path) as leaving,
     ):
         leaving.prepare(16)
+        leaving.warm_up(3)
         prepared = sum(len(r.to_server) for r in proxy.recordings)
         cut_after(proxy, prepared + 200_000)
         with pytest.raises(ConnectionLost):

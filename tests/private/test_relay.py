@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -118,6 +119,52 @@ def test_a_private_port_serves_who_knows_the_token() -> None:
         port.close()
     with pytest.raises(RankDied, match="does not answer"):
         connect_rank(port.address, TOKEN)
+
+
+def test_a_port_outlives_a_lack_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[FrameConnection] = []
+    port = RankPort(TOKEN, served.append, 1.0)
+    start = threading.Thread.start
+    refused: list[str] = []
+
+    def no_thread(thread: threading.Thread) -> None:
+        if thread.name == "relayed" and not refused:
+            refused.append(thread.name)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    try:
+        for _ in range(2):
+            with connect_rank(port.address, TOKEN) as sock:
+                sock.settimeout(5)
+                with contextlib.suppress(ConnectionResetError):
+                    assert sock.recv(1) == b""
+        assert refused
+        assert len(served) == 1
+        assert eventually(lambda: not port._sockets)
+    finally:
+        port.close()
+
+
+def test_a_mailbox_wait_ends_in_time_among_shares_of_others() -> None:
+    box, share = Mailbox(), torch.ones(2, 3, dtype=torch.int64)
+    mine, other = ShareKey(b"a" * 16, 0, 1), ShareKey(b"b" * 16, 0, 1)
+    for key in (mine, other):
+        box.open(key.session)
+    ended = threading.Event()
+
+    def traffic() -> None:
+        while not ended.wait(0.02):
+            box.put(other, share)
+
+    threading.Thread(target=traffic, daemon=True).start()
+    stop = time.monotonic() + 5
+    try:
+        assert box.take(mine, lambda: time.monotonic() > stop, 0.5) is None
+    finally:
+        ended.set()
+    assert time.monotonic() < stop, "its own limit ended it, not the client's leaving"
 
 
 def test_a_mailbox_keeps_the_shares_of_open_sessions_only() -> None:

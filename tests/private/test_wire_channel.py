@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -89,6 +90,20 @@ def test_an_error_of_the_peer_is_told(ends: Ends) -> None:
     send_message(raw, Error("no slots\nleft"))
     with pytest.raises(ServerRefused, match="the server refused: no slots left"):
         channel.receive("due@0", 40)
+
+
+def test_waiting_is_limited_where_a_pace_is_set(ends: Ends) -> None:
+    """All waiting inside counts together; outside, and before, none does."""
+    raw, channel = ends
+    raw.send_frame(message(0, "due@0") + message(1, "due@1"))
+    with channel.at_a_pace(0.3):
+        channel.receive("due@0", 40)
+        channel.receive("due@1", 40)
+    late = threading.Timer(0.1, lambda: raw.send_frame(message(2, "due@2") + message(3, "due@3")))
+    late.start()
+    with channel.at_a_pace(0.05), pytest.raises(ProtocolError, match="more slowly than is allowed"):
+        channel.receive("due@2", 40)
+    channel.receive("due@3", 40)
 
 
 def silent(raw: FrameConnection) -> None:

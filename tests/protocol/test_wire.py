@@ -223,6 +223,7 @@ def test_message_numbers_never_change() -> None:
         "PASS_DONE": 10,
         "MASKED_BEGIN": 11,
         "CHANNEL": 12,
+        "PREPARE": 13,
         "WELCOME": 128,
         "BUNDLE": 129,
         "RESULT": 130,
@@ -232,5 +233,6 @@ def test_message_numbers_never_change() -> None:
         "ATTACHED": 134,
         "JOINED": 135,
         "PASS_READY": 136,
+        "PREPARE_READY": 137,
         "ERROR": 255,
     }

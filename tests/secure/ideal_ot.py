@@ -120,7 +120,8 @@ class InsecureReceiver:
 def _send_shape(request: Any) -> Shape:
     if isinstance(request, SendCorrelated):
         values = request.correlation
-        return Shape(True, len(values), 1, 1 if values.ndim == 1 else values.shape[1], request.bits)
+        words = 1 if values.ndim == 1 else values.shape[1]
+        return Shape(True, len(values), request.factor_bits, words, request.bits)
     assert isinstance(request, SendOneOfMany)
     count, num_messages, words = request.messages.shape
     return Shape(False, count, num_messages.bit_length() - 1, words, request.bits)
@@ -129,6 +130,6 @@ def _send_shape(request: Any) -> Shape:
 def _receive_shape(request: Any) -> Shape:
     words = 1 if request.words is None else request.words
     if isinstance(request, ReceiveCorrelated):
-        return Shape(True, len(request.choice), 1, words, request.bits)
+        return Shape(True, len(request.choice), request.factor_bits, words, request.bits)
     assert isinstance(request, ReceiveOneOfMany)
     return Shape(False, len(request.index), request.index_bits, words, request.bits)

@@ -13,7 +13,6 @@ from otpipe.ot import DEFAULT_OT_PARAMS
 from otpipe.ot.costs import extension_traffic
 from otpipe.secure import PlainOperations, Share, cost_of
 from otpipe.secure.cost import operand
-from otpipe.secure.transfers import bit_groups
 
 
 def assert_close(case: Case, got: Any, want: Any) -> None:
@@ -68,17 +67,9 @@ def test_costs_of_the_docstrings() -> None:
     count = 64  # whole bytes in every request
 
     def gilboa(factor_bits: int, width: int) -> int:
-        """Bits that a product sends to the client: groups of bits have the width of the first."""
-        return sum(size * (width - lo) for lo, size in bit_groups(count, min(factor_bits, width)))
+        """Bits that a product sends to the client: bit j matters mod 2^(width - j)."""
+        return sum(width - j for j in range(min(factor_bits, width)))
 
-    # Many values are in groups of one bit, as the formulae of the docstrings have it.
-    assert bit_groups(1 << 16, 3) == [(0, 1), (1, 1), (2, 1)]
-    assert bit_groups(count, 20) == [(0, 8), (8, 8), (16, 4)]
-    large = 1 << 17
-    big, two = operand((large,), n), operand((large,), m)
-    wraps = sum((q + 1) * 32 + q + q * (q + 1) // 2 for q in (L - n, L - m))
-    cross = (n + m) * 32 + (n + m) * L - n * (n - 1) // 2 - m * (m - 1) // 2
-    assert bits(lambda o: o.mul(big, two, L)) == large * (cross + wraps)
     x, y, c = operand((count,), n), operand((count,), m), operand((count,), 1)
     assert bits(lambda o: o.rescale(x, 5, 20)) == count * (32 + 5)
     assert bits(lambda o: o.select(c, x, n)) == count * ((n + 1) * 32 + n + gilboa(n, n))

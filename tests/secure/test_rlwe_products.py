@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import socket
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from product_parties import multiply, prepared
 from torch import Tensor
 from two_parties import (
     CPU,
@@ -17,7 +17,6 @@ from two_parties import (
     TwoParties,
     connect,
     fixed,
-    in_two_threads,
     integers,
     joined,
     real,
@@ -26,10 +25,10 @@ from two_parties import (
     uniform,
 )
 
-from otpipe.errors import ParameterError, UsageError
+from otpipe.errors import ConnectionLost, ParameterError, UsageError
 from otpipe.protocol.wire import FrameConnection
 from otpipe.protocol.wire_channel import WireChannel
-from otpipe.secure import DecoderFormats, Share, Step, rlwe_products
+from otpipe.secure import DecoderFormats, Share, Step
 from otpipe.secure.decoder import HeadShapes, ShareCache, attention
 from otpipe.secure.operations import SecureOperations
 from otpipe.secure.rlwe_products import AttentionSizes, PreparedProducts
@@ -38,47 +37,6 @@ from otpipe.secure.shares import random_ring
 SMALL = AttentionSizes(HeadShapes(4, 2, 4), 40, 51)
 ONE_HEAD = AttentionSizes(HeadShapes(1, 1, 2), 40, 51)
 ODD = AttentionSizes(HeadShapes(9, 3, 5), 40, 51)
-
-
-def prepared(
-    parties: TwoParties, sizes: AttentionSizes, *blocks: int, layers: int = 1
-) -> list[PreparedProducts]:
-    """Both parties' objects, server first, with these blocks of positions."""
-    made = [
-        PreparedProducts("server", parties.server_end, sizes, range(layers)),
-        PreparedProducts("client", parties.client_end, sizes, range(layers)),
-    ]
-    for count in blocks:
-        prepare(parties, made, count)
-    return made
-
-
-def prepare(parties: TwoParties, made: list[PreparedProducts], count: int) -> None:
-    in_two_threads(
-        lambda: made[0].prepare(count), lambda: made[1].prepare(count), parties.server_end
-    )
-
-
-def multiply(
-    parties: TwoParties,
-    made: list[PreparedProducts],
-    method: str,
-    *factors: tuple[Share, Share],
-    layer: int = 0,
-) -> Share:
-    """The opened result of one product of factors given as (server's share, client's share)."""
-    bits = factors[0][0].bits
-
-    def run(side: int, party: SecureOperations) -> Share:
-        product = getattr(made[side], method)
-        return party.run(product(party, layer, *(pair[side] for pair in factors), bits))
-
-    results = in_two_threads(
-        lambda: run(0, parties.server), lambda: run(1, parties.client), parties.server_end
-    )
-    opened = joined(*results)
-    assert isinstance(opened, Share)
-    return opened
 
 
 def exact(x: Tensor, y: Tensor, bits: int) -> Tensor:
@@ -90,15 +48,25 @@ def exact(x: Tensor, y: Tensor, bits: int) -> Tensor:
     return torch.tensor(products)
 
 
-def visible(first: int, stop: int, group: int) -> Tensor:
-    """bool (rows, positions) of a pass over positions first .. stop - 1."""
-    return torch.arange(stop) <= torch.arange(first, stop).repeat_interleave(group)[:, None]
+def visible(first: int, stop: int, num_positions: int, group: int) -> Tensor:
+    """bool (rows, positions) of the rows of positions first .. stop - 1."""
+    row = torch.arange(first, stop).repeat_interleave(group)
+    return torch.arange(num_positions) <= row[:, None]
 
 
 def run_text(
-    parties: TwoParties, made: list[PreparedProducts], sizes: AttentionSizes, passes: list[int]
+    parties: TwoParties,
+    made: list[PreparedProducts],
+    sizes: AttentionSizes,
+    passes: list[int],
+    *,
+    rows_at_once: int = 100,
 ) -> None:
-    """A text in passes of several rows, against Python integers; secrets fill their whole rings."""
+    """A text in passes of several rows, against Python integers; secrets fill their whole rings.
+
+    rows_at_once: positions queried in one call, as the decoder has it for long passes, while the
+        keys and values of the whole pass are there from the first call on.
+    """
     heads, group = sizes.heads, sizes.group
     K, D, total = heads.num_kv_heads, heads.head_dim, sum(passes)
     keys = Share(random_ring((K, total, D), sizes.score_bits, CPU), sizes.score_bits, 13)
@@ -106,23 +74,26 @@ def run_text(
     done = 0
     for count in passes:
         first, done = done, done + count
-        seen = visible(first, done, group)
-        shape = (K, count * group, D)
-        q = Share(random_ring(shape, sizes.score_bits, CPU), sizes.score_bits, 15)
-        scores = multiply(parties, made, "scores", split(q), split(keys[:, :done]))
-        assert (scores.bits, scores.frac) == (sizes.score_bits, 28)
-        want = exact(q.data, keys.data[:, :done].transpose(1, 2), sizes.score_bits)
-        assert torch.equal(scores.data, torch.where(seen, want, 0))
+        key_shares, value_shares = split(keys[:, :done]), split(values[:, :done])
+        for lo in range(first, done, rows_at_once):
+            hi = min(done, lo + rows_at_once)
+            seen = visible(lo, hi, done, group)
+            shape = (K, (hi - lo) * group, D)
+            q = Share(random_ring(shape, sizes.score_bits, CPU), sizes.score_bits, 15)
+            scores = multiply(parties, made, "scores", split(q), key_shares)
+            assert (scores.bits, scores.frac) == (sizes.score_bits, 28)
+            want = exact(q.data, keys.data[:, :done].transpose(1, 2), sizes.score_bits)
+            assert torch.equal(scores.data, torch.where(seen, want, 0))
 
-        shares = [
-            torch.where(seen, random_ring((K, *seen.shape), sizes.context_bits, CPU), 0)
-            for _ in range(2)
-        ]
-        w = tuple(Share(share, sizes.context_bits, 16) for share in shares)
-        context = multiply(parties, made, "context", (w[0], w[1]), split(values[:, :done]))
-        assert (context.bits, context.frac) == (sizes.context_bits, 27)
-        want = exact(joined(*w).data, values.data[:, :done], sizes.context_bits)
-        assert torch.equal(context.data, want)
+            shares = [
+                torch.where(seen, random_ring((K, *seen.shape), sizes.context_bits, CPU), 0)
+                for _ in range(2)
+            ]
+            w = tuple(Share(share, sizes.context_bits, 16) for share in shares)
+            context = multiply(parties, made, "context", (w[0], w[1]), value_shares)
+            assert (context.bits, context.frac) == (sizes.context_bits, 27)
+            want = exact(joined(*w).data, values.data[:, :done], sizes.context_bits)
+            assert torch.equal(context.data, want)
 
 
 def test_a_text_over_two_blocks_is_exact_and_costs_what_is_computed() -> None:
@@ -153,6 +124,13 @@ def test_a_text_over_two_blocks_is_exact_and_costs_what_is_computed() -> None:
 def test_odd_numbers_of_heads_and_groups_are_exact() -> None:
     parties = connect("ideal")
     run_text(parties, prepared(parties, ODD, 3), ODD, [2, 1])
+
+
+def test_rows_of_a_pass_may_come_in_several_calls() -> None:
+    """Calls across the border of blocks, and before the last keys of the pass are seen."""
+    parties = connect("ideal")
+    made = prepared(parties, SMALL, 3, 3)
+    run_text(parties, made, SMALL, [5, 1], rows_at_once=2)
 
 
 def test_layers_have_masks_of_their_own() -> None:
@@ -213,6 +191,36 @@ def test_a_mask_opens_one_value() -> None:
         made[0].context(parties.server, 0, one, two, 40).send(None)
 
 
+@pytest.mark.parametrize("method", ["scores", "context"])
+def test_a_round_that_did_not_end_spends_its_masks(method: str) -> None:
+    """Keys and values of that round would otherwise open a second time, beside other rows."""
+    parties = connect("ideal")
+    made = prepared(parties, ONE_HEAD, 2)
+    bits = 40 if method == "scores" else 51
+    one, two = (secret(torch.ones((1, rows, 2)), bits) for rows in (1, 2))
+    weights = {1: secret(torch.ones((1, 1, 1)), bits), 2: secret(torch.ones((1, 1, 2)), bits)}
+    step = getattr(made[1], method)
+    rows = {1: one, 2: one} if method == "scores" else weights
+    first = step(parties.client, 0, rows[1], one, bits)
+    assert len(first.send(None)) == 1  # the message of the client
+    with pytest.raises(ConnectionLost):
+        first.throw(ConnectionLost("the server is gone"))
+    with pytest.raises(UsageError, match="start the text again with new products"):
+        step(parties.client, 0, rows[2], two, bits).send(None)
+    with pytest.raises(UsageError, match="start the text again with new products"):
+        made[1].prepare(1)
+
+
+def test_a_preparation_that_did_not_end_is_the_last() -> None:
+    parties = connect("ideal")
+    made = prepared(parties, ONE_HEAD)
+    parties.client_end.close()
+    with pytest.raises(ConnectionLost):
+        made[0].prepare(1)
+    with pytest.raises(UsageError, match="start the text again with new products"):
+        made[0].prepare(1)
+
+
 def test_a_preparation_that_would_tell_too_much_is_refused_before_anything_is_sent() -> None:
     sizes = AttentionSizes(HeadShapes(64, 8, 128), 40, 51)
     parties = connect("ideal")
@@ -222,55 +230,6 @@ def test_a_preparation_that_would_tell_too_much_is_refused_before_anything_is_se
     assert not parties.client_end.sent_bytes
     with pytest.raises(ParameterError, match=r"mod 2\^52 cannot be prepared"):
         PreparedProducts("client", parties.client_end, AttentionSizes(sizes.heads, 40, 52), [0])
-
-
-def openings(spoil: Callable[[pytest.MonkeyPatch], None] | None) -> Tensor:
-    """What both parties see of 40 keys of one head, the same extreme value in all of them."""
-    with pytest.MonkeyPatch.context() as patch:
-        if spoil:
-            spoil(patch)
-        sizes = AttentionSizes(HeadShapes(8, 1, 64), 40, 51)
-        parties = connect("ideal")
-        made = prepared(parties, sizes, 40)
-        q = secret(torch.full((1, 8 * 40, 64), -(1 << 39)), 40)
-        multiply(parties, made, "scores", split(q), split(q[:, :40]))
-        return made[0]._layers[0].keys
-
-
-def flat(values: Tensor, bits: int) -> bool:
-    """Whether the low and the high byte look uniform."""
-    for shift in (0, bits - 8):
-        counts = torch.bincount(((values >> shift) & 255).reshape(-1), minlength=256).double()
-        expected = values.numel() / 256
-        statistic = float(((counts - expected) ** 2 / expected).sum())
-        if abs(statistic - 255) > 6 * (2 * 255) ** 0.5:
-            return False
-    return True
-
-
-def no_masks(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(
-        rlwe_products, "random_ring", lambda shape, bits, device: torch.zeros(shape).long()
-    )
-
-
-def one_mask_for_all(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(
-        rlwe_products,
-        "random_ring",
-        lambda shape, bits, device: random_ring((1,), bits, device).expand(shape).clone(),
-    )
-
-
-def test_openings_are_uniform() -> None:
-    keys = openings(None)
-    assert flat(keys, 40)
-
-
-@pytest.mark.parametrize("fault", [no_masks, one_mask_for_all])
-def test_planted_faults_of_masks_are_found(fault: Callable[[pytest.MonkeyPatch], None]) -> None:
-    keys = openings(fault)
-    assert not flat(keys, 40)
 
 
 def test_a_preparation_runs_over_the_frames_of_a_connection() -> None:

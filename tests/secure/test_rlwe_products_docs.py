@@ -15,7 +15,10 @@ from secure_works import layer_parts
 
 from otpipe.crypto.private_matmul import MATMUL_PARAMS, ProductPlan
 from otpipe.crypto.private_matmul_noise import log2_distance
+from otpipe.crypto.private_noise import MAX_LOG2_DISTANCE
+from otpipe.model.private_description import FORMATS
 from otpipe.secure.decoder import HeadShapes
+from otpipe.secure.product_blocks import ProductBlocks
 from otpipe.secure.rlwe_products import AttentionSizes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,6 +26,7 @@ LAYERS = {
     "0.5B": {"hidden": 896, "heads": 14, "kv": 2, "mlp": 4864, "layers": 24},
     "14B": {"hidden": 5120, "heads": 40, "kv": 8, "mlp": 13824, "layers": 48},
 }
+SHAPE_72B = {"hidden": 8192, "heads": 64, "kv": 8, "mlp": 29568, "layers": 80}
 TEXTS = ((64,) * 4, (256,), (256,) * 4, (1024,))
 EVALUATED_PARTS = 2
 
@@ -34,6 +38,18 @@ def parameter_rows() -> list[str]:
         f"{p.first_bits}, {p.second_bits} | {64 + p.flood_shift} |"
         for p in MATMUL_PARAMS
     ]
+
+
+def session_rows() -> list[str]:
+    """Section 4: what the distance of one session allows."""
+    rows = []
+    for name, shape in (*LAYERS.items(), ("72B", SHAPE_72B)):
+        size = shape["hidden"] // shape["heads"]
+        sizes = AttentionSizes(HeadShapes(shape["heads"], shape["kv"], size), 40, 51)
+        blocks = ProductBlocks(sizes, shape["layers"], FORMATS.max_positions)
+        texts = 2.0 ** (2 * MAX_LOG2_DISTANCE) // blocks.text_distance(0, 256)
+        rows.append(f"| {name} | {blocks.max_text} | {texts:.0f} |")
+    return rows
 
 
 def cost_rows() -> list[str]:
@@ -102,7 +118,7 @@ def direct_rows() -> list[str]:
     return rows
 
 
-TABLES = (parameter_rows, cost_rows, measured_row, direct_rows)
+TABLES = (parameter_rows, session_rows, cost_rows, measured_row, direct_rows)
 
 
 @pytest.mark.parametrize("rows", TABLES)

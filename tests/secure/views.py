@@ -18,7 +18,7 @@ BIN_BITS = 5
 
 
 def findings(view: Sequence[tuple[Tensor, int]]) -> list[str]:
-    """What is not uniform in a view: each value, its neighbours' differences, equal-shaped pairs'.
+    """What is not uniform in a view: each value, its neighbours' differences, pairs of one shape.
 
     Args:
         view: int64 tensors (n,) or (n, words) and the bits of their values, in order.
@@ -30,10 +30,15 @@ def findings(view: Sequence[tuple[Tensor, int]]) -> list[str]:
             name = f"result {position}, word {word}"
             found += _not_flat(column, bits, name)
             found += _not_flat(column[1:] - column[:-1], bits, f"neighbours of {name}")
-    for position in range(1, len(view)):
-        (one, bits), (other, other_bits) = view[position - 1], view[position]
-        if one.shape == other.shape and bits == other_bits and one.ndim == 1:
-            found += _not_flat(one - other, bits, f"results {position - 1} and {position} together")
+    last: dict[tuple[int, int], int] = {}
+    for position, (values, bits) in enumerate(view):
+        if values.numel() != len(values):
+            continue
+        before = last.get((len(values), bits))
+        last[len(values), bits] = position
+        if before is not None:
+            name = f"results {before} and {position} together"
+            found += _not_flat(view[before][0].view(-1) - values.view(-1), bits, name)
     return found
 
 
