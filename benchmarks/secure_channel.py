@@ -17,11 +17,14 @@ import torch
 
 from otpipe.ot import OtReceiver, OtSender
 from otpipe.ot.channel import Bytes, label_kind
+from otpipe.ot.extension import BLOCK_COTS
 from otpipe.ot.local_channel import check_due
 from otpipe.secure import Party
 
 HEAD = struct.Struct("<HI")
 TIMEOUT_S = 300.0
+SILENCE_S = 3600.0
+"""Of one party while the other computes: the products of a preparation of a wide map, on a CPU."""
 
 
 class SocketChannel:
@@ -32,7 +35,7 @@ class SocketChannel:
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.settimeout(TIMEOUT_S)
+        connection.settimeout(SILENCE_S)
         self._socket = connection
         self._listening = False
         self.sent_bytes: Counter[str] = Counter()
@@ -98,10 +101,20 @@ class Peer:
             "server" if self.is_server else "client", self.session, self.channel, device
         )
 
-    def synchronize(self) -> None:
-        """Wait for the own device, then for the other process."""
+    def make_cots(self, count: int) -> None:
+        """Make correlated OTs, with the other party, until the pool has ``count`` of them."""
+        missing = max(0, count - self.session.available)
+        for lo in range(0, missing, BLOCK_COTS):
+            self.session.extend(min(BLOCK_COTS, missing - lo))
+
+    def wait_for_device(self) -> None:
+        """Wait for what runs on the own device."""
         if self.device == "cuda":
             torch.cuda.synchronize()
+
+    def synchronize(self) -> None:
+        """Wait for the own device, then for the other process."""
+        self.wait_for_device()
         self.channel.meet()
 
 
@@ -136,7 +149,7 @@ def both(work: Callable[[Peer], Any], device: str, threads: int) -> tuple[Any, A
         connection, _ = listener.accept()
         with connection:
             client = work(Peer("client", connection, "cpu", threads))
-            if not mine.poll(TIMEOUT_S):
+            if not mine.poll(SILENCE_S):
                 raise ConnectionError("The server process has not answered; look at its error.")
             server = mine.recv()
         process.join()

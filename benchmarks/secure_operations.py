@@ -24,7 +24,6 @@ from secure_channel import Peer, both
 from secure_works import Work, layer_parts, operations
 from shapes import SHAPES
 
-from otpipe.ot.extension import BLOCK_COTS
 from otpipe.secure import Share
 from otpipe.secure.shares import random_ring
 
@@ -61,8 +60,7 @@ def _measured(peer: Peer, work: Work, repeats: int) -> dict[str, Any]:
     for _ in range(repeats + 1):
         peer.synchronize()
         started_s = time.perf_counter()
-        for lo in range(0, max(0, cots - peer.session.available), BLOCK_COTS):
-            peer.session.extend(min(BLOCK_COTS, cots - lo))
+        peer.make_cots(cots)
         peer.synchronize()
         before, rounds, waited_s = dict(channel.sent_bytes), channel.rounds, channel.waited_s
         middle_s, middle_cpu_s = time.perf_counter(), time.process_time()
