@@ -86,14 +86,18 @@ def table(result: dict[str, Any]) -> str:
 
 
 def chart(result: dict[str, Any]) -> str:
-    """Mermaid: tokens/s against clients, a line for each configuration and baseline."""
+    """Mermaid: tokens/s against clients, a line for each configuration and baseline.
+
+    A configuration that was not measured with every number of clients is in the table alone.
+    """
+    first = next(iter(result["otpipe"].values()))["levels"]
     lines = {
         f"otpipe {c['ranks']} rank(s), {c['transport']}": [
             level["tokens_per_s"]["median"] for level in c["levels"]
         ]
         for c in result["otpipe"].values()
+        if len(c["levels"]) == len(first)
     }
-    first = next(iter(result["otpipe"].values()))["levels"]
     for dtype, rate in result["baseline"].items():
         lines[f"transformers {dtype}, one client (flat)"] = [rate["median"]] * len(first)
     top = math.ceil(1.1 * max(max(line) for line in lines.values()))
